@@ -1,0 +1,132 @@
+"""Sizes of a BAGEL checkpoint, read from its JSON files and checked before a tensor is allocated."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file, the entry and the remedy."""
+
+
+class _Sizes(BaseModel):
+    # Released configs carry many keys that do not change the computation.
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class LLMConfig(_Sizes):
+    """Shape of the two-expert decoder (llm_config.json)."""
+
+    hidden_size: int = Field(gt=0)
+    num_hidden_layers: int = Field(gt=0)
+    num_attention_heads: int = Field(gt=0)
+    num_key_value_heads: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0)
+    vocab_size: int = Field(gt=0)
+    head_dim: int = 0
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    qk_norm: bool = True
+    tie_word_embeddings: bool = False
+    max_position_embeddings: int = 32768
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_head_dim(cls, data: Any) -> Any:
+        if isinstance(data, dict) and not data.get("head_dim"):
+            hidden, heads = data.get("hidden_size"), data.get("num_attention_heads")
+            if isinstance(hidden, int) and isinstance(heads, int) and heads:
+                data = {**data, "head_dim": hidden // heads}
+        return data
+
+    @model_validator(mode="after")
+    def _check(self) -> LLMConfig:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        return self
+
+
+class VAEConfig(_Sizes):
+    """Geometry of the FLUX-style autoencoder. The defaults are the released one's, whose config.json omits most."""
+
+    z_channels: int = 16
+    in_channels: int = 3
+    out_ch: int = 3
+    ch: int = 128
+    ch_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    scale_factor: float = 0.3611
+    shift_factor: float = 0.1159
+
+    @property
+    def downsample(self) -> int:
+        """Pixels per latent along one side."""
+        return int(2 ** (len(self.ch_mult) - 1))
+
+
+class BagelConfig(_Sizes):
+    """A whole checkpoint: config.json with llm_config.json beside it."""
+
+    llm_config: LLMConfig
+    vae_config: VAEConfig = VAEConfig()
+    latent_patch_size: int = 2
+    max_latent_size: int = 64
+    timestep_shift: float = 1.0
+
+    @property
+    def token_dim(self) -> int:
+        """Numbers in one latent token (patch * patch * channels)."""
+        return self.latent_patch_size**2 * self.vae_config.z_channels
+
+    @property
+    def pixels_per_token(self) -> int:
+        """Pixels per latent token along one side."""
+        return self.latent_patch_size * self.vae_config.downsample
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Token grid (rows, columns) of an image in pixels; ValueError if the image does not fit the grid."""
+        side = self.pixels_per_token
+        if height % side or width % side:
+            raise ValueError(f"image size {height}x{width} is not a multiple of {side} pixels, one latent token")
+        rows, cols = height // side, width // side
+        if max(rows, cols) > self.max_latent_size:
+            raise ValueError(
+                f"image size {height}x{width} needs {rows}x{cols} tokens; max_latent_size is {self.max_latent_size}"
+            )
+        return rows, cols
+
+    @classmethod
+    def read(cls, directory: Path) -> BagelConfig:
+        """Reads config.json and llm_config.json. Raises CheckpointError naming file and field."""
+        data = read_json(directory / "config.json")
+        llm = directory / "llm_config.json"
+        if llm.exists():
+            data["llm_config"] = read_json(llm)
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"])
+            raise CheckpointError(f"{directory}/config.json: {field or 'config'}: {first['msg']}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; CheckpointError when missing or broken."""
+    try:
+        data = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing; a checkpoint in BAGEL's layout has it") from error
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is not valid JSON (line {error.lineno}: {error.msg})") from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is not UTF-8 text ({error}); copy it again") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} holds a {type(data).__name__}, not an object")
+    return data

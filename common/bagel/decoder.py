@@ -1,0 +1,221 @@
+"""The mixture-of-transformers decoder: two experts per layer, one attention.
+
+Text (and the markers around an image) goes through the understanding expert, latent tokens through the
+generation expert (`*_moe_gen`); inside a layer both meet in one softmax. Noised images are invisible to text, so a
+forward is two calls: `read` runs the text once and keeps keys and values, `draw` lets any number of images attend
+to them. Rollout and learner use the same two calls, which keeps their numbers equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.bagel.config import LLMConfig
+
+UND, GEN = "", "_moe_gen"
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation over the last dimension."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: LLMConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Attention(nn.Module):
+    """Projections of both experts; q and k are normalised per head before the rotary embedding."""
+
+    def __init__(self, config: LLMConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        for expert in (UND, GEN):
+            q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+            self.add_module("q_proj" + expert, nn.Linear(config.hidden_size, q))
+            self.add_module("k_proj" + expert, nn.Linear(config.hidden_size, kv))
+            self.add_module("v_proj" + expert, nn.Linear(config.hidden_size, kv))
+            self.add_module("o_proj" + expert, nn.Linear(q, config.hidden_size, bias=False))
+            for name in ("q_norm", "k_norm"):
+                norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+                self.add_module(name + expert, norm)
+
+    def project(self, x: Tensor, rope: Rope, expert: str) -> tuple[Tensor, Tensor, Tensor]:
+        """[..., H] -> q [..., heads, D], k and v [..., kv_heads, D], q and k rotated."""
+        q = getattr(self, "q_proj" + expert)(x).unflatten(-1, (self.heads, self.head_dim))
+        k = getattr(self, "k_proj" + expert)(x).unflatten(-1, (self.kv_heads, self.head_dim))
+        v = getattr(self, "v_proj" + expert)(x).unflatten(-1, (self.kv_heads, self.head_dim))
+        q, k = getattr(self, "q_norm" + expert)(q), getattr(self, "k_norm" + expert)(k)
+        return rope(q), rope(k), v
+
+    def out(self, x: Tensor, expert: str) -> Tensor:
+        """[..., heads, D] -> [..., H]."""
+        return getattr(self, "o_proj" + expert)(x.flatten(-2))
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding at given positions: cos and sin [..., 1, D], rotate-half convention."""
+
+    cos: Tensor
+    sin: Tensor
+
+    @classmethod
+    def at(cls, positions: Tensor, config: LLMConfig, dtype: torch.dtype) -> Rope:
+        """positions [...] integers."""
+        half = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32) / config.head_dim
+        angle = positions.float()[..., None] * (1.0 / config.rope_theta**half)
+        angle = torch.cat([angle, angle], -1)[..., None, :]
+        return cls(angle.cos().to(dtype), angle.sin().to(dtype))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        first, second = x.chunk(2, -1)
+        return x * self.cos + torch.cat([-second, first], -1) * self.sin
+
+
+class Layer(nn.Module):
+    """One decoder layer with both experts."""
+
+    def __init__(self, config: LLMConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        for expert in (UND, GEN):
+            self.add_module("mlp" + expert, MLP(config))
+            self.add_module("input_layernorm" + expert, RMSNorm(config.hidden_size, config.rms_norm_eps))
+            self.add_module("post_attention_layernorm" + expert, RMSNorm(config.hidden_size, config.rms_norm_eps))
+
+    def project(self, x: Tensor, rope: Rope, expert: str) -> tuple[Tensor, Tensor, Tensor]:
+        return self.self_attn.project(getattr(self, "input_layernorm" + expert)(x), rope, expert)
+
+    def finish(self, x: Tensor, attended: Tensor, expert: str) -> Tensor:
+        x = x + self.self_attn.out(attended, expert)
+        return x + getattr(self, "mlp" + expert)(getattr(self, "post_attention_layernorm" + expert)(x))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """q [B, Q, heads, D], k and v [B, K, kv_heads, D] -> [B, Q, heads, D]. mask is True where a key may be seen."""
+    repeat = q.shape[2] // k.shape[2]
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if repeat > 1:
+        k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+    dtype = q.dtype
+    if q.device.type == "cpu" and dtype == torch.bfloat16:
+        # The CPU kernel's bf16 backward is several times slower than its fp32 one.
+        q, k, v = q.float(), k.float(), v.float()
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal).transpose(1, 2).to(dtype)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How B token lists lie flat: list b occupies rows `index[b, :lengths[b]]` of the flat tensor.
+
+    index [B, L] int64 (padding points at row 0), lengths [B], present [B, L] bool, where [T] = the padded slots in
+    flat order, so that `padded.flatten(0, 1)[where]` undoes `flat[index]`.
+    """
+
+    index: Tensor
+    lengths: Tensor
+    present: Tensor
+    where: Tensor
+    positions: Tensor
+
+    @classmethod
+    def of(cls, lengths: list[int], device: torch.device) -> Packing:
+        n = torch.tensor(lengths, device=device)
+        column = torch.arange(max(lengths), device=device)
+        present = column < n[:, None]
+        start = n.cumsum(0) - n
+        index = torch.where(present, start[:, None] + column, 0)
+        where = present.flatten().nonzero()[:, 0]
+        return cls(index, n, present, where, column.expand_as(index).flatten()[where])
+
+
+@dataclass(frozen=True)
+class Context:
+    """Text that images may attend to: per layer keys and values [B, L, kv_heads, D], which slots are real, and the
+    rope position that follows each text [B]."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    present: Tensor
+    position: Tensor
+
+    def detach(self) -> Context:
+        """The same context without gradient: the image loss then leaves the reasoning expert alone."""
+        return Context([k.detach() for k in self.keys], [v.detach() for v in self.values], self.present, self.position)
+
+    def take(self, index: Tensor) -> Context:
+        """Context rows by index [M] (rows may repeat)."""
+        return Context(
+            [k[index] for k in self.keys], [v[index] for v in self.values], self.present[index], self.position[index]
+        )
+
+
+class Decoder(nn.Module):
+    """The decoder under BAGEL's names (`language_model.model.*`)."""
+
+    def __init__(self, config: LLMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm_moe_gen = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def read(self, ids: Tensor, packing: Packing) -> tuple[Tensor, Context]:
+        """Causal pass over packed texts. ids [T] -> hidden [T, H] (after the final norm) and the context."""
+        x = self.embed_tokens(ids)
+        rope = Rope.at(packing.positions, self.config, x.dtype)
+        keys, values = [], []
+        for layer in cast(Iterable[Layer], self.layers):
+            # Padding is on the right, so the causal mask alone hides it from every real query.
+            q, k, v = (part[packing.index] for part in layer.project(x, rope, UND))
+            x = layer.finish(x, attend(q, k, v, causal=True).flatten(0, 1)[packing.where], UND)
+            keys.append(k)
+            values.append(v)
+        return self.norm(x), Context(keys, values, packing.present, packing.lengths)
+
+    def draw(self, latents: Tensor, markers: Tensor, context: Context) -> Tensor:
+        """One pass over M images, each full inside and attending to its context.
+
+        latents [M, N, H] embedded latent tokens, markers [M, 2, H] embedded vision_start and vision_end,
+        context with M rows -> hidden [M, N, H] after the generation expert's final norm.
+        """
+        gen, und = latents, markers
+        n = gen.shape[1]
+        # Every token of an image shares one rope position.
+        rope = Rope.at(context.position[:, None], self.config, gen.dtype)
+        own = context.present.new_ones(gen.shape[0], n + 2)
+        mask = torch.cat([context.present, own], 1)[:, None, None, :]
+        for layer, key, value in zip(cast(Iterable[Layer], self.layers), context.keys, context.values, strict=True):
+            qg, kg, vg = layer.project(gen, rope, GEN)
+            qu, ku, vu = layer.project(und, rope, UND)
+            out = attend(torch.cat([qg, qu], 1), torch.cat([key, kg, ku], 1), torch.cat([value, vg, vu], 1), mask=mask)
+            gen, und = layer.finish(gen, out[:, :n], GEN), layer.finish(und, out[:, n:], UND)
+        return self.norm_moe_gen(gen)

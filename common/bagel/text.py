@@ -1,0 +1,71 @@
+"""Token ids of the chat: every chunk is <|im_start|> ids <|im_end|>, and the reasoning is such a chunk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from common.bagel.config import CheckpointError
+
+THINK_SYSTEM_PROMPT = (
+    "You should first think about the planning process in the mind and then generate the image. \n"
+    "The planning process is enclosed within <think> </think> tags, i.e. <think> planning process here </think> "
+    "image here"
+)
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
+
+
+def system_prompt(setting: str) -> str:
+    """The system prompt that a recipe's `model.system_prompt` means."""
+    return THINK_SYSTEM_PROMPT if setting == "bagel-think" else setting
+
+
+@dataclass(frozen=True)
+class ChatTokenizer:
+    """The checkpoint's tokenizer with the ids that the chat format needs."""
+
+    tokenizer: Tokenizer
+    start: int
+    end: int
+    vision_start: int
+    vision_end: int
+
+    @classmethod
+    def read(cls, directory: Path, vocab_size: int) -> ChatTokenizer:
+        """From tokenizer.json. CheckpointError if it is missing, broken, or has ids outside the embedding table."""
+        path = directory / "tokenizer.json"
+        if not path.exists():
+            raise CheckpointError(f"{path} is missing; a checkpoint in BAGEL's layout has it")
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise CheckpointError(f"{path} is not a tokenizer file ({error})") from error
+        ids = []
+        for token in SPECIAL_TOKENS[1:]:
+            number = tokenizer.token_to_id(token)
+            if number is None:
+                raise CheckpointError(f"{path} has no token {token}; the chat format needs it")
+            if number >= vocab_size:
+                raise CheckpointError(f"{path}: {token} has id {number}, outside the vocabulary of {vocab_size}")
+            ids.append(number)
+        return cls(tokenizer, *ids)
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def prompt_ids(self, prompt: str, system: str = "") -> list[int]:
+        """What the reasoning is sampled from: the wrapped system prompt (if any) and prompt, and the opening of the
+        answer's chunk."""
+        chunks = [text for text in (system, prompt) if text]
+        wrapped = [token for text in chunks for token in (self.start, *self.encode(text), self.end)]
+        return [*wrapped, self.start]
+
+    def context_ids(self, prompt_ids: list[int], response_ids: list[int]) -> list[int]:
+        """What the image is conditioned on: the sampled ids themselves, closed if the sample was cut short."""
+        closing = [] if response_ids[-1:] == [self.end] else [self.end]
+        return [*prompt_ids, *response_ids, *closing]

@@ -1,0 +1,126 @@
+"""The FLUX-style autoencoder: diffusers' AutoencoderKL, stored under the names of ae.safetensors.
+
+The released file uses the layout of the original latent-diffusion code; diffusers names the same tensors otherwise.
+`to_diffusers` and `from_diffusers` rename one into the other; attention projections are 1x1 convolutions in the file
+and linear layers in diffusers.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from common.bagel.config import BagelConfig, VAEConfig
+
+
+def build_vae(config: VAEConfig) -> AutoencoderKL:
+    """An AutoencoderKL of the given geometry with random weights."""
+    levels = len(config.ch_mult)
+    return AutoencoderKL(
+        in_channels=config.in_channels,
+        out_channels=config.out_ch,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=tuple(config.ch * m for m in config.ch_mult),
+        layers_per_block=config.num_res_blocks,
+        latent_channels=config.z_channels,
+        scaling_factor=config.scale_factor,
+        shift_factor=config.shift_factor,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
+def _rules(levels: int) -> list[tuple[str, str]]:
+    """(file, diffusers) name templates with {0}, {1}, ... for the numbers."""
+    rules = []
+    for level in range(levels):
+        up = levels - 1 - level
+        rules += [
+            (f"encoder.down.{level}.block.", f"encoder.down_blocks.{level}.resnets."),
+            (f"encoder.down.{level}.downsample.", f"encoder.down_blocks.{level}.downsamplers.0."),
+            (f"decoder.up.{up}.block.", f"decoder.up_blocks.{level}.resnets."),
+            (f"decoder.up.{up}.upsample.", f"decoder.up_blocks.{level}.upsamplers.0."),
+        ]
+    for half in ("encoder", "decoder"):
+        rules += [
+            (f"{half}.mid.block_1.", f"{half}.mid_block.resnets.0."),
+            (f"{half}.mid.block_2.", f"{half}.mid_block.resnets.1."),
+            (f"{half}.mid.attn_1.norm.", f"{half}.mid_block.attentions.0.group_norm."),
+            (f"{half}.mid.attn_1.q.", f"{half}.mid_block.attentions.0.to_q."),
+            (f"{half}.mid.attn_1.k.", f"{half}.mid_block.attentions.0.to_k."),
+            (f"{half}.mid.attn_1.v.", f"{half}.mid_block.attentions.0.to_v."),
+            (f"{half}.mid.attn_1.proj_out.", f"{half}.mid_block.attentions.0.to_out.0."),
+            (f"{half}.norm_out.", f"{half}.conv_norm_out."),
+        ]
+    return rules
+
+
+def _rename(name: str, rules: list[tuple[str, str]]) -> str:
+    for source, target in rules:
+        if name.startswith(source):
+            return target + name[len(source) :]
+    return name
+
+
+def to_diffusers(weights: dict[str, Tensor], levels: int) -> dict[str, Tensor]:
+    """ae.safetensors' names -> AutoencoderKL's."""
+    out = {}
+    for name, tensor in weights.items():
+        new = _rename(name, _rules(levels)).replace(".nin_shortcut.", ".conv_shortcut.")
+        linear = re.search(r"attentions\.0\.to_\w+(\.0)?\.weight$", new)
+        out[new] = tensor[:, :, 0, 0] if linear and tensor.ndim == 4 else tensor
+    return out
+
+
+def from_diffusers(weights: dict[str, Tensor], levels: int) -> dict[str, Tensor]:
+    """AutoencoderKL's names -> ae.safetensors'."""
+    back = [(target, source) for source, target in _rules(levels)]
+    out = {}
+    for name, tensor in weights.items():
+        conv = re.search(r"attentions\.0\.to_\w+(\.0)?\.weight$", name)
+        new = _rename(name, back).replace(".conv_shortcut.", ".nin_shortcut.")
+        out[new] = (tensor[:, :, None, None] if conv else tensor).contiguous()
+    return out
+
+
+def pack(latent: Tensor, patch: int) -> Tensor:
+    """[M, C, h, w] -> tokens [M, h/p * w/p, p*p*C]: row-major, channel fastest inside a token."""
+    m, c, h, w = latent.shape
+    x = latent.reshape(m, c, h // patch, patch, w // patch, patch)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(m, (h // patch) * (w // patch), patch * patch * c)
+
+
+def unpack(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
+    """The inverse of `pack`: tokens [M, rows*cols, p*p*C] -> [M, C, rows*p, cols*p]."""
+    m, _, d = tokens.shape
+    (rows, cols), c = grid, tokens.shape[-1] // patch**2
+    x = tokens.reshape(m, rows, cols, patch, patch, d // patch**2)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(m, c, rows * patch, cols * patch)
+
+
+def encode(vae: AutoencoderKL, config: BagelConfig, pixels: Tensor) -> Tensor:
+    """pixels [M, 3, H, W] in [-1, 1] -> latent tokens [M, N, D] of the posterior mean, scaled and shifted."""
+    mean = vae.encode(pixels).latent_dist.mean
+    latent = config.vae_config.scale_factor * (mean - config.vae_config.shift_factor)
+    return pack(latent, config.latent_patch_size)
+
+
+def decode(vae: AutoencoderKL, config: BagelConfig, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """latent tokens [M, N, D] -> pixels [M, 3, H, W], about [-1, 1]."""
+    latent = unpack(tokens, grid, config.latent_patch_size)
+    return vae.decode(latent / config.vae_config.scale_factor + config.vae_config.shift_factor).sample
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """pixels [M, 3, H, W] about [-1, 1] -> uint8 [M, H, W, 3], truncating as the reference does."""
+    unit = (pixels.float() * 0.5 + 0.5).clamp(0, 1)
+    return (unit * 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def from_uint8(images: Tensor) -> Tensor:
+    """uint8 [M, H, W, 3] -> float pixels [M, 3, H, W] in [-1, 1]."""
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -1,0 +1,428 @@
+"""The run's configuration: typed, validated before anything starts, importable without torch, vLLM or Ray."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+RECIPES = REPOSITORY / "deploy" / "recipes"
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+class ConfigError(ValueError):
+    """Bad input; the message names the field, the value and the remedy."""
+
+
+class Section(BaseModel):
+    """A part of the configuration. Unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Resources(Section):
+    """What Ray gives one actor; it runs as many math threads as whole CPUs it was given, at least one."""
+
+    cpus: NonNegative = 1.0
+    """CPUs of one actor. Actors that take turns may share a core, e.g. 0.4 each."""
+    gpus: NonNegative = 0.0
+    """GPUs of one actor."""
+    custom: dict[str, Positive] = Field(default_factory=dict)
+    """Custom Ray resources of one actor, e.g. {reward_node: 0.01} to keep it on the nodes that offer reward_node."""
+
+
+class Model(Section):
+    """The policy to train."""
+
+    path: str = "deploy/models/shapes"
+    """Checkpoint directory in BAGEL's layout; relative to the working directory or to the repository."""
+    system_prompt: str = ""
+    """System prompt before every prompt; "bagel-think" is BAGEL's think mode."""
+    height: Count = 32
+    """Image height in pixels."""
+    width: Count = 32
+    """Image width in pixels."""
+
+
+class Data(Section):
+    """Prompts."""
+
+    train: str = "common/shapes/data/train.jsonl"
+    """Training prompts, JSONL or Parquet with prompt, tag, include, exclude."""
+    heldout: str = "common/shapes/data/heldout.jsonl"
+    """Held-out prompts of the same form, for evaluation only."""
+    prompts_per_step: Count = 8
+    """Prompts (groups) in one training step."""
+    group_size: Annotated[int, Field(ge=2)] = 16
+    """Chains per prompt."""
+
+
+class Sampling(Section):
+    """How chains are sampled."""
+
+    max_tokens: Count = 64
+    """Longest reasoning, EOS included."""
+    max_prompt_tokens: Count = 256
+    """Longest prompt, system prompt and chat tokens included; bounds the reasoning engine's memory."""
+    temperature: Positive = 1.0
+    """Temperature of the reasoning; the policy's own distribution is 1."""
+    points: Annotated[int, Field(ge=2)] = 11
+    """Time points of the training schedule; steps are one fewer."""
+    shift: Positive = 3.0
+    """Timestep shift s of t' = s t / (1 + (s - 1) t)."""
+    noise_level: NonNegative = 0.7
+    """a in sigma_t = a sqrt(t / (1 - t))."""
+    window_size: Count = 3
+    """Steps of the SDE window, the only ones that are trained."""
+    window_range: tuple[int, int] = (0, 5)
+    """Range of steps the window lies in; its start is drawn once per group, both ends included."""
+
+
+class Objective(Section):
+    """What is maximised: J_text + lambda J_image - w L_mse."""
+
+    advantage_std: Literal["group", "global", "none"] = "group"
+    """What the centred reward is divided by."""
+    advantage_clip: Positive = 5.0
+    """Bound on the absolute advantage."""
+    text_clip_low: Positive = 0.2
+    """Lower clip of the text ratio, 1 - this."""
+    text_clip_high: Positive = 0.2
+    """Upper clip of the text ratio, 1 + this."""
+    text_kl: NonNegative = 0.0
+    """Weight of the k3 KL to the reference; 0 as in the paper."""
+    image_clip: Positive | Literal["scaled"] = "scaled"
+    """Clip of the log image ratio; "scaled" is the paper's 1e-6 times sqrt(262144 / latent size)."""
+    image_weight: NonNegative = 1.0
+    """lambda, the weight of the image objective."""
+    text_weight: NonNegative = 1.0
+    """Weight of the text objective; 0 trains the image half alone."""
+    ratio_norm: bool = True
+    """RatioNorm instead of the plain log ratio."""
+    velocity_mse: NonNegative = 1.5e-5
+    """Weight w of the velocity regulariser; 0 leaves it (and the reference forward) out."""
+    image_grad_to_reasoning: bool = True
+    """Whether the image loss reaches the reasoning expert through its keys and values."""
+    epochs: Count = 1
+    """Passes over a step's chains (the paper: 2)."""
+    minibatches: Count = 1
+    """Optimizer steps per pass."""
+
+
+class Optimizer(Section):
+    """AdamW with one learning rate per half."""
+
+    lr_reasoning: NonNegative = 3e-4
+    """Learning rate of the understanding expert, embeddings and head."""
+    lr_denoising: NonNegative = 1e-4
+    """Learning rate of the generation expert and the latent projections."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's betas."""
+    weight_decay: NonNegative = 0.0
+    """AdamW's weight decay."""
+    grad_clip: NonNegative = 1.0
+    """Global gradient-norm clip; 0 is off."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of linear warm-up; Adam's first steps are as long as its rate allows whatever the gradient's noise."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate after the warm-up: constant, or a cosine to 0 at the last step."""
+
+    def learning_rate_factor(self, step: int, steps: int) -> float:
+        """What both learning rates are multiplied with at a step of a run of `steps`."""
+        warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        decay = 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))) if self.schedule == "cosine" else 1.0
+        return warm * decay
+
+
+class Rollout(Resources):
+    """Replicas that generate."""
+
+    cpus: NonNegative = 0.4
+    """CPUs of one replica."""
+    replicas: Count = 2
+    """Rollout actors."""
+    tensor_parallel: Count = 1
+    """GPUs vLLM spreads one replica's reasoning expert over."""
+    groups_per_call: Count = 4
+    """Groups one replica generates together; a free replica takes the next ones."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute type of vLLM and of the denoiser."""
+    kv_cache_mb: Count = 64
+    """vLLM's KV cache on CPUs."""
+    gpu_memory_utilization: Positive = 0.4
+    """vLLM's share of a GPU."""
+    transport: Literal["object_store"] = "object_store"
+    """How weights travel."""
+    deadline_s: Positive = 600.0
+    """Longest wait for one call to a replica."""
+
+
+class Learner(Resources):
+    """Ranks that update."""
+
+    cpus: NonNegative = 0.4
+    """CPUs of one rank."""
+    ranks: Count = 2
+    """Data-parallel DeepSpeed ranks."""
+    zero_stage: Literal[1, 2] = 2
+    """DeepSpeed ZeRO stage."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute type; masters are always fp32."""
+    chains_per_micro_batch: Count = 64
+    """Chains in one forward and backward of a rank."""
+    deadline_s: Positive = 600.0
+    """Longest wait for an update or a collective."""
+
+
+class Scorer(Resources):
+    """One reward: a pool of actors of its own."""
+
+    name: str
+    """Scorer's name, e.g. shapes or clip_score."""
+    weight: float = 1.0
+    """Weight in the sum of rewards."""
+    replicas: Count = 1
+    """Actors of this scorer."""
+    cpus: NonNegative = 0.2
+    """CPUs of one actor."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Passed to the scorer, which checks them."""
+    deadline_s: Positive = 120.0
+    """Longest wait for one group's score, per try."""
+    retries: Annotated[int, Field(ge=0)] = 2
+    """Further tries after a failure; then the chain is masked and counted."""
+
+
+class Evaluation(Section):
+    """Held-out evaluation with deterministic denoising."""
+
+    every: Annotated[int, Field(ge=0)] = 0
+    """Steps between evaluations; 0 evaluates before the first and after the last step only."""
+    images_per_prompt: Count = 4
+    """Images per held-out prompt."""
+    prompts: Annotated[int, Field(ge=0)] = 0
+    """Held-out prompts used, evenly over tags; 0 is all."""
+    points: Annotated[int, Field(ge=2)] = 21
+    """Time points of the evaluation schedule."""
+    seed: int = 1234
+    """Seed of the evaluation's noise and sampling, the same for every checkpoint."""
+    samples: Count = 14
+    """Held-out prompts shown in the report."""
+
+
+class Checkpoints(Section):
+    """What is kept for --resume."""
+
+    every: Annotated[int, Field(ge=0)] = 20
+    """Steps between checkpoints; 0 writes only the last."""
+    keep: Count = 2
+    """Checkpoints kept."""
+
+
+class Recording(Section):
+    """What is written for people and for replay."""
+
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+    """Where metrics go besides metrics.jsonl and Ray's metrics."""
+    rollouts_every: Annotated[int, Field(ge=0)] = 10
+    """Steps between rollouts written as Parquet; 0 writes none."""
+    latents: bool = False
+    """Also write the window's latents, so that a step can be replayed into the learner."""
+
+
+class TrainConfig(Section):
+    """One run."""
+
+    run_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] = "shapes"
+    """Name of the run and of its directory under runs_dir."""
+    runs_dir: str = "runs"
+    """Where run directories are made; a relative path starts at $UNIGRPO_HOME, see docs/cluster.md."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of everything random."""
+    steps: Annotated[int, Field(ge=0)] = 100
+    """Training steps; 0 only evaluates."""
+    max_minutes: NonNegative = 0.0
+    """Stop after the step that passes this many minutes of training; 0 is no limit."""
+    max_staleness: Annotated[int, Field(ge=0)] = 0
+    """How many versions a rollout may be behind the update that uses it; 0 is on-policy."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What to do when a loss or gradient is NaN or infinite; the weights are never touched."""
+    model: Model = Model()
+    data: Data = Data()
+    sampling: Sampling = Sampling()
+    objective: Objective = Objective()
+    optimizer: Optimizer = Optimizer()
+    rollout: Rollout = Rollout()
+    learner: Learner = Learner()
+    rewards: Annotated[tuple[Scorer, ...], Field(min_length=1)] = (Scorer(name="shapes"),)
+    evaluation: Evaluation = Evaluation()
+    checkpoints: Checkpoints = Checkpoints()
+    recording: Recording = Recording()
+
+    @property
+    def directory(self) -> Path:
+        """The run directory, absolute."""
+        return run_path(self.runs_dir) / self.run_name
+
+    @property
+    def chains_per_step(self) -> int:
+        return self.data.prompts_per_step * self.data.group_size
+
+    @model_validator(mode="after")
+    def _arithmetic(self) -> TrainConfig:
+        s, (low, high) = self.sampling, self.sampling.window_range
+        if not 0 <= low < high:
+            raise ValueError(f"sampling.window_range is [{low}, {high}]; give 0 <= low < high")
+        if s.window_size > high - low:
+            raise ValueError(
+                f"sampling.window_size is {s.window_size} but window_range [{low}, {high}] holds {high - low} steps; "
+                "make the window smaller or the range wider"
+            )
+        if high > s.points - 1:
+            raise ValueError(
+                f"sampling.window_range ends at step {high} but {s.points} points are {s.points - 1} steps; "
+                "lower the range or raise sampling.points"
+            )
+        if high == s.points - 1 and low + s.window_size > high - 1 and s.noise_level > 0 and s.points == 2:
+            raise ValueError("sampling.points is 2: a single step leaves nothing to explore; raise it")
+        prompts, ranks = self.data.prompts_per_step, self.learner.ranks
+        share = prompts / (ranks * self.objective.minibatches)
+        if share != int(share):
+            raise ValueError(
+                f"data.prompts_per_step is {prompts}, which {ranks} learner ranks x {self.objective.minibatches} "
+                f"minibatches do not divide; use a multiple of {ranks * self.objective.minibatches}"
+            )
+        names = [scorer.name for scorer in self.rewards]
+        if len(set(names)) != len(names):
+            raise ValueError(f"rewards names a scorer twice: {', '.join(names)}; give each one entry")
+        if self.objective.text_weight == 0 and self.objective.image_weight == 0:
+            raise ValueError("objective.text_weight and objective.image_weight are both 0; nothing would be trained")
+        return self
+
+
+def run_path(path: str | Path) -> Path:
+    """A path of runs, absolute, so that it means the same in every actor.
+
+    A relative one starts at $UNIGRPO_HOME. Without that variable it starts at the working directory, or, in a Ray job,
+    at the home directory: the working directory of a job is a copy that Ray deletes.
+    """
+    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    base = os.environ.get("UNIGRPO_HOME") or (Path.home() if in_job else Path())
+    return (Path(base) / path).absolute()
+
+
+def resolve_path(path: str) -> Path:
+    """A path of a recipe: as it is, relative to the working directory, or relative to the repository."""
+    for base in (Path(), REPOSITORY):
+        if (base / path).exists():
+            return (base / path).resolve()
+    raise ConfigError(f"{path} does not exist (looked in {Path().resolve()} and in the repository); correct the path")
+
+
+def read_recipe(recipe: str) -> dict[str, Any]:
+    """A recipe's content by path or by the name of a file in deploy/recipes."""
+    path = Path(recipe)
+    if not path.is_file():
+        path = RECIPES / f"{recipe}.yaml"
+    if not path.is_file():
+        known = sorted(p.stem for p in RECIPES.glob("*.yaml"))
+        close = difflib.get_close_matches(recipe, known, 1)
+        hint = f"did you mean {close[0]}?" if close else f"known recipes: {', '.join(known)}"
+        raise ConfigError(f"recipe {recipe} is neither a file nor a known recipe; {hint}")
+    try:
+        data = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} holds a {type(data).__name__}; a recipe is a mapping of fields")
+    return data
+
+
+def apply_overrides(data: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """`a.b=value` pairs over a recipe; values are read as YAML, list entries are addressed by number."""
+    data = json.loads(json.dumps(data))
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"override {override!r} is not key=value, e.g. steps=2 or optimizer.lr_denoising=1e-4")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {override!r}: the value is not valid YAML ({error})") from error
+        if isinstance(value, str):
+            value = _number(value)
+        node: Any = data
+        *parents, last = key.split(".")
+        for part in parents:
+            if part.isdigit() and not isinstance(node, list):
+                raise ConfigError(f"override {key}: the recipe has no list there; write the list into a recipe file")
+            node = node[_entry(node, part, key)] if isinstance(node, list) else node.setdefault(part, {})
+            if not isinstance(node, dict | list):
+                raise ConfigError(f"override {key}: {part} is a value, not a section")
+        node[_entry(node, last, key) if isinstance(node, list) else last] = value
+    return data
+
+
+def _entry(node: list[Any], part: str, key: str) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        raise ConfigError(f"override {key}: {part} is not an entry of a list of {len(node)}")
+    return int(part)
+
+
+def _number(value: str) -> str | float:
+    """YAML 1.1 reads 1e-4 as text; people mean the number."""
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
+def load_config(recipe: str, overrides: list[str] | None = None) -> TrainConfig:
+    """Recipe plus overrides, validated. ConfigError names the field, the value and the remedy."""
+    return validate(apply_overrides(read_recipe(recipe), overrides or []))
+
+
+def validate(data: dict[str, Any]) -> TrainConfig:
+    """A mapping -> TrainConfig; ConfigError for the first thing that is wrong."""
+    try:
+        return TrainConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(explain(error, TrainConfig)) from error
+
+
+def explain(error: ValidationError, root: type[BaseModel]) -> str:
+    """One line for people: field, value, what is wrong, and the closest known key for a mistyped one."""
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = list(_fields_at(root, first["loc"][:-1]))
+        close = difflib.get_close_matches(str(first["loc"][-1]), known, 1)
+        hint = f"did you mean {close[0]}?" if close else f"known keys here: {', '.join(known)}"
+        return f"config: {field} is not a known key; {hint}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"config: {field} is {first['input']!r}: {message}" if field else f"config: {message}"
+
+
+def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation: Any = model.model_fields[part].annotation
+        inner = [a for a in (annotation, *getattr(annotation, "__args__", ())) if isinstance(a, type)]
+        model = next(a for a in inner if issubclass(a, BaseModel))
+    return list(model.model_fields)
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """The resolved configuration as YAML that `load_config` reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

@@ -1,0 +1,180 @@
+"""The numbers a run reports, and the places they go: metrics.jsonl, TensorBoard, W&B and Ray's metrics."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import sys
+import time
+import uuid
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from common.config import ConfigError, TrainConfig
+from common.rundir import RunDirectory
+
+METRICS: dict[str, str] = {
+    "step": "Training step, counted from 0.",
+    "reward/mean": "Mean weighted reward of the step's scored chains.",
+    "reward/std": "Standard deviation of the reward over the step's scored chains.",
+    "reward/zero_variance_groups": "Groups whose rewards are all equal and which therefore teach nothing.",
+    "reward/masked_chains": "Chains that could not be scored and are left out of the update.",
+    "reward/<scorer>": "Mean reward of one scorer before its weight; <scorer>/NAME is one of its components.",
+    "advantage/abs_mean": "Mean absolute advantage after clipping.",
+    "text/ratio_mean": "Mean importance ratio of the reasoning tokens.",
+    "text/clip_fraction": "Share of reasoning tokens whose ratio is clipped.",
+    "text/logprob_diff_rollout": "Mean absolute difference of token log-probs between learner and rollout, in nats.",
+    "text/tokens_mean": "Mean reasoning length in tokens, EOS included.",
+    "text/entropy": "Mean entropy of the reasoning's next-token distribution, in nats.",
+    "image/ratio_mean": "Mean importance ratio of the denoising steps.",
+    "image/clip_fraction": "Share of denoising steps whose ratio is clipped.",
+    "image/velocity_mse": "Mean squared distance of the velocity to the reference model's.",
+    "grad_norm/reasoning": "Gradient norm of the reasoning expert before clipping.",
+    "grad_norm/denoising": "Gradient norm of the denoising expert before clipping.",
+    "weights/version": "Weight version that the replicas hold after the step.",
+    "weights/sync_s": "Seconds from publishing to the last replica's acknowledgement.",
+    "rollout/images_per_s": "Images generated per second of rollout.",
+    "rollout/tokens_per_s": "Reasoning tokens generated per second of rollout.",
+    "time/rollout_s": "Seconds the step waited for rollouts.",
+    "time/reward_s": "Seconds the step waited for rewards.",
+    "time/update_s": "Seconds of the learner's update.",
+    "time/sync_s": "Seconds the step waited for weight publishing.",
+    "time/step_s": "Seconds of the whole step.",
+    "time/overhead_fraction": "Share of the step that is not model mathematics: generation and the update's passes.",
+    "loss/nonfinite": "Updates left out because a loss or gradient was NaN or infinite.",
+}
+
+Scalars = dict[str, float]
+
+
+def describe(key: str) -> str | None:
+    """The one-line description of a metric, None for an undocumented one. Any other reward/... is a scorer's."""
+    return METRICS.get(key) or (METRICS["reward/<scorer>"] if re.fullmatch(r"reward/[^<>]+", key) else None)
+
+
+class Trackers:
+    """Sends each step's metrics to everything `config.recording.trackers` names, to metrics.jsonl and to Ray.
+
+    `resume_step` is the first step that is going to be logged (again): rows and TensorBoard points from it on are
+    dropped. None drops nothing. Missing and non-finite values are null in metrics.jsonl and left out elsewhere.
+    """
+
+    def __init__(self, config: TrainConfig, run: RunDirectory, resume_step: int | None = None) -> None:
+        self._run = run
+        if resume_step is not None:
+            run.truncate_metrics(resume_step)
+        self._sinks: list[_Sink] = []
+        for name in config.recording.trackers:
+            self._sinks.append(
+                _TensorBoard(run, resume_step) if name == "tensorboard" else _WandB(run, config.model_dump(mode="json"))
+            )
+        # A process that never imported Ray cannot have initialised it; the import costs a second.
+        if (ray := sys.modules.get("ray")) and ray.is_initialized():
+            self._sinks.append(_RayGauges(run.name))
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Records one step. Values are numbers, numpy or not, or None."""
+        self._run.append_metrics({"step": step} | {k: v for k, v in metrics.items() if k != "step"})
+        finite = {
+            key: float(value)
+            for key, value in metrics.items()
+            if key != "step" and value is not None and math.isfinite(value)
+        }
+        for sink in self._sinks:
+            sink.log(step, finite)
+
+    def close(self) -> None:
+        """Flushes and closes every tracker."""
+        for sink in self._sinks:
+            sink.close()
+        self._sinks = []
+
+
+class _Sink(Protocol):
+    def log(self, step: int, metrics: Scalars) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _TensorBoard:
+    """TensorBoard's own event writer; torch.utils.tensorboard would import torch into the driver."""
+
+    def __init__(self, run: RunDirectory, resume_step: int | None) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._writer = EventFileWriter(str(run.tensorboard))
+        if resume_step is not None:
+            # TensorBoard discards what earlier files hold from this step on.
+            restart = SessionLog(status=SessionLog.START)
+            self._writer.add_event(Event(wall_time=time.time(), step=resume_step, session_log=restart))
+            self._writer.flush()
+
+    def log(self, step: int, metrics: Scalars) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=key, simple_value=value) for key, value in metrics.items()]
+        self._writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WandB:
+    """One W&B run per run directory; wandb.json keeps its id, so that a resumed run continues it."""
+
+    def __init__(self, run: RunDirectory, config: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError(
+                "config: recording.trackers names wandb, which is not installed; "
+                "run `uv pip install wandb` or take it out of the list"
+            ) from error
+        stored = run.path / "wandb.json"
+        if not stored.exists():
+            run.write_json(stored.name, {"id": uuid.uuid4().hex[:8]})
+        self._wandb = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "unigrpo"),
+            name=run.name,
+            id=json.loads(stored.read_text())["id"],
+            resume="allow",
+            dir=str(run.path),
+            config=dict(config),
+        )
+        # W&B's own counter never goes back; with `step` as the axis a resumed run may repeat steps.
+        self._wandb.define_metric("*", step_metric="step")
+
+    def log(self, step: int, metrics: Scalars) -> None:
+        self._wandb.log({"step": step} | metrics)
+
+    def close(self) -> None:
+        self._wandb.finish()
+
+
+class _RayGauges:
+    """Gauges such as unigrpo_reward_mean with the tag run; Prometheus sees them with Ray's prefix ray_."""
+
+    def __init__(self, run_name: str) -> None:
+        self._tags = {"run": run_name}
+        self._gauges: dict[str, Any] = {}
+
+    def log(self, step: int, metrics: Scalars) -> None:
+        from ray.util.metrics import Gauge
+
+        for key, value in ({"step": float(step)} | metrics).items():
+            if key not in self._gauges:
+                self._gauges[key] = Gauge(gauge_name(key), describe(key) or key, tag_keys=("run",))
+            self._gauges[key].set(value, tags=self._tags)
+
+    def close(self) -> None:
+        self._gauges = {}
+
+
+def gauge_name(key: str) -> str:
+    """reward/mean -> unigrpo_reward_mean."""
+    return "unigrpo_" + re.sub(r"\W", "_", key)

@@ -1,0 +1,198 @@
+"""The run directory: where everything a run leaves behind lies, and how it gets there whole.
+
+::
+
+    runs/NAME/
+        config.yaml                            the resolved configuration
+        metrics.jsonl                          one JSON object per step
+        rollouts/step-000010-rank0.parquet     chains, see common/records.py
+        checkpoints/step-000020/               whole once it holds manifest.json
+        eval/step-000000.json                  result, beside it .parquet with the sample images
+        tensorboard/
+        report.html
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic_core import to_json
+
+from common.config import ConfigError
+
+_STEP = re.compile(r"step-(\d{6,})")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a path beside `path` to write to, and moves it there on success: readers see the old file or the new
+    one, never a part. Parent directories are made; on an error nothing is left."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield aside
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def dump_json(value: Any, indent: int | None = None) -> bytes:
+    """JSON in UTF-8. NaN and infinities become null; numpy scalars and arrays become numbers and lists."""
+    return to_json(value, indent=indent, inf_nan_mode="null", fallback=_from_numpy)
+
+
+def _from_numpy(value: Any) -> Any:
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{value!r} is a {type(value).__name__}, which JSON cannot hold")
+
+
+class RunDirectory:
+    """Paths and atomic writes of one run. Building it touches nothing; `create` or `open` it first."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def rollouts(self) -> Path:
+        return self.path / "rollouts"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def evaluations(self) -> Path:
+        return self.path / "eval"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    def rollout_file(self, step: int, rank: int) -> Path:
+        return self.rollouts / f"step-{step:06d}-rank{rank}.parquet"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step:06d}"
+
+    def evaluation_file(self, step: int) -> Path:
+        return self.evaluations / f"step-{step:06d}.json"
+
+    def samples_file(self, step: int) -> Path:
+        return self.evaluations / f"step-{step:06d}.parquet"
+
+    def create(self, config_yaml: str) -> RunDirectory:
+        """Makes the directory with its config.yaml, both or neither. ConfigError if the path is taken."""
+        taken = ConfigError(f"{self.path} exists already; give another run_name, or --resume to continue that run")
+        if self.path.exists():
+            raise taken
+        aside = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
+        aside.mkdir(parents=True)
+        try:
+            (aside / "config.yaml").write_text(config_yaml, encoding="utf-8")
+            aside.rename(self.path)
+        except OSError as error:
+            if self.path.exists():
+                raise taken from error
+            raise
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        return self
+
+    def open(self) -> RunDirectory:
+        """Checks that a run is there. ConfigError if the directory or its config.yaml is missing."""
+        if not self.path.is_dir():
+            raise ConfigError(f"{self.path} does not exist; correct the run's name, or start it without --resume")
+        if not self.config.is_file():
+            raise ConfigError(f"{self.path} has no config.yaml, so it is not a run directory; give another path")
+        return self
+
+    def write_json(self, path: str | Path, value: Any) -> Path:
+        """Writes JSON atomically, at `path` under the run directory (an absolute path stays as it is)."""
+        target = self.path / path
+        with replacing(target) as aside:
+            aside.write_bytes(dump_json(value, indent=2) + b"\n")
+        return target
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        """Adds one line and flushes it; NaN and infinities become null."""
+        if self._torn():
+            self._rewrite_metrics(self.read_metrics())
+        with self.metrics.open("ab") as file:
+            file.write(dump_json(dict(row)) + b"\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All rows in order; none if there is no file. A broken last line, which a kill leaves, is ignored;
+        ValueError names any other broken line."""
+        if not self.metrics.exists():
+            return []
+        lines = self.metrics.read_bytes().splitlines()
+        rows = []
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise TypeError(f"it holds a {type(row).__name__}")
+            except (ValueError, TypeError) as error:
+                if number == len(lines):
+                    break
+                raise ValueError(f"{self.metrics}, line {number} is not a JSON object ({error}); mend it") from error
+            rows.append(row)
+        return rows
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drops the rows of `step` and later, atomically, so that a resumed run writes each step once."""
+        if self.metrics.exists():
+            self._rewrite_metrics([row for row in self.read_metrics() if row["step"] < step])
+
+    def read_evaluations(self) -> dict[int, dict[str, Any]]:
+        """Evaluation results by step, in order of steps."""
+        found = {_step(path.stem): path for path in self.evaluations.glob("step-*.json")}
+        return {step: json.loads(found[step].read_bytes()) for step in sorted(s for s in found if s is not None)}
+
+    def latest_checkpoint(self) -> Path | None:
+        """The whole checkpoint (one with a manifest.json) of the highest step, None if there is none."""
+        whole = [p for p in self.checkpoints.glob("step-*") if _step(p.name) is not None]
+        whole = [p for p in whole if (p / "manifest.json").is_file()]
+        return max(whole, key=lambda p: _step(p.name) or 0, default=None)
+
+    def _torn(self) -> bool:
+        if not self.metrics.exists() or self.metrics.stat().st_size == 0:
+            return False
+        with self.metrics.open("rb") as file:
+            file.seek(-1, os.SEEK_END)
+            return file.read(1) != b"\n"
+
+    def _rewrite_metrics(self, rows: list[dict[str, Any]]) -> None:
+        with replacing(self.metrics) as aside:
+            aside.write_bytes(b"".join(dump_json(row) + b"\n" for row in rows))
+
+
+def _step(name: str) -> int | None:
+    match = _STEP.fullmatch(name)
+    return int(match[1]) if match else None

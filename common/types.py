@@ -1,0 +1,135 @@
+"""What travels between the rooms: prompts, chains and groups, as immutable numpy records.
+
+One chain is prompt -> reasoning tokens -> latents -> image, stored as an ordered list of segments. N latent tokens of D
+numbers, K window steps. Arrays travel through Ray's object store without a copy and go to disk as Parquet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One line of a prompt file: the text, its GenEval-like metadata (tag, include, exclude), and a unique id."""
+
+    id: str
+    text: str
+    metadata: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class TextSegment:
+    """Sampled reasoning. ids [K] int64 with EOS; logprobs [K] fp32 under the distribution sampled from; prompt_ids
+    [P] int64 what came before; finished: stopped at EOS rather than at the token limit; text: decoded, for people."""
+
+    prompt_ids: NDArray[np.int64]
+    ids: NDArray[np.int64]
+    logprobs: NDArray[np.float32]
+    finished: bool
+    text: str
+    version: int
+
+
+@dataclass(frozen=True)
+class ImageSegment:
+    """A drawn image and, for the steps of the SDE window, what the objective needs.
+
+    x_t and x_next [K, N, D] fp32 before and after each step, v_old [K, N, D] fp32 the velocity it was sampled with,
+    t and t_next [K] times, pixels [H, W, 3] uint8. K is 0 in evaluation, where every step is deterministic.
+    """
+
+    x_t: NDArray[np.float32]
+    x_next: NDArray[np.float32]
+    v_old: NDArray[np.float32]
+    t: NDArray[np.float32]
+    t_next: NDArray[np.float32]
+    pixels: NDArray[np.uint8]
+    grid: tuple[int, int]
+    version: int
+
+
+Segment = TextSegment | ImageSegment
+
+
+@dataclass(frozen=True)
+class Chain:
+    """One sample: its segments in order and the seed that made them."""
+
+    segments: tuple[Segment, ...]
+    seed: int
+
+    @property
+    def text(self) -> TextSegment:
+        """The last reasoning."""
+        return next(s for s in reversed(self.segments) if isinstance(s, TextSegment))
+
+    @property
+    def image(self) -> ImageSegment:
+        """The last image, the one that is scored."""
+        return next(s for s in reversed(self.segments) if isinstance(s, ImageSegment))
+
+
+@dataclass(frozen=True)
+class Group:
+    """All chains of one prompt in one step. They share the SDE window."""
+
+    prompt: Prompt
+    step: int
+    chains: tuple[Chain, ...]
+
+
+@dataclass(frozen=True)
+class RolloutRequest:
+    """Asks a replica for one group. seeds [G] one per chain; window: first step and number of SDE steps, None for
+    deterministic sampling; points: time points of the schedule (steps + 1)."""
+
+    prompt: Prompt
+    step: int
+    seeds: tuple[int, ...]
+    window: tuple[int, int] | None
+    points: int
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """Scores of one group's chains by one scorer. values [G] fp32, NaN where a chain could not be scored;
+    components: further columns for the record (never trained on)."""
+
+    scorer: str
+    values: NDArray[np.float32]
+    components: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    errors: int = 0
+
+
+@dataclass(frozen=True)
+class WeightManifest:
+    """One published version: names with shapes, the dtype of all, a checksum of the bytes, and how many they are."""
+
+    version: int
+    checksum: str
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtype: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class RolloutStats:
+    """What one call to a replica produced: chains, reasoning tokens, and the seconds each half took."""
+
+    chains: int
+    tokens: int
+    reasoning_s: float
+    drawing_s: float
+
+
+def chain_seed(run_seed: int, step: int, prompt_index: int, chain_index: int) -> int:
+    """A seed that no other chain of the run has: noise and sampling depend on it alone, so that any replica redraws
+    the same chain, and a resumed run continues as if it had not stopped."""
+    return int(np.random.SeedSequence([run_seed, step, prompt_index, chain_index]).generate_state(1, np.uint64)[0] >> 2)

@@ -1,0 +1,98 @@
+"""Advantages against flow_grpo's, and who is left out."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from golden_numbers import close, golden
+
+from common.advantage import group_advantages
+
+CASES = (
+    "two_groups",
+    "interleaved",
+    "zero_variance",
+    "all_zero_variance",
+    "single_member",
+    "unequal_sizes",
+    "binary24",
+)
+
+
+def by_group(case: str, name: str) -> np.ndarray:
+    """A recorded column as [groups, largest group], NaN where a group has fewer members."""
+    numbers = golden("flowgrpo/advantages.npz")
+    group, column = numbers[f"{case}_group"], numbers[f"{case}_{name}"]
+    rows = [column[group == g] for g in np.unique(group)]
+    return np.array([[*row, *[np.nan] * (max(map(len, rows)) - len(row))] for row in rows])
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("std", ["group", "global"])
+def test_recorded_advantages(case: str, std: str) -> None:
+    rewards, wanted = by_group(case, "reward"), by_group(case, f"adv_{std}std")
+    found = group_advantages(rewards, std=std)
+    close(found.values, np.nan_to_num(wanted), atol=1e-12, rtol=1e-9)
+    flat = np.array([np.unique(row[~np.isnan(row)]).size == 1 for row in rewards])
+    assert (found.mask == (~np.isnan(rewards) & ~flat[:, None])).all()
+    assert found.zero_variance_groups == flat.sum()
+
+
+def test_without_division() -> None:
+    rewards = by_group("two_groups", "reward")
+    close(group_advantages(rewards, std="none").values, rewards - rewards.mean(1, keepdims=True), atol=1e-12)
+
+
+@pytest.mark.parametrize("score", [0.1, 0.3, 1 / 3, 0.7, 1e-9, 12345.678, 0.0])
+@pytest.mark.parametrize("count", [3, 6, 7, 24])
+@pytest.mark.parametrize("missing", [0, 1, 2])
+def test_equal_scores_are_masked_whatever_their_mean_rounds_to(score: float, count: int, missing: int) -> None:
+    rewards = np.full((2, count), score)
+    rewards[0, :missing] = np.nan
+    rewards[1, 0] += 1
+    for std in ("group", "global", "none"):
+        found = group_advantages(rewards, std=std)
+        assert not found.mask[0].any()
+        assert (found.values[0] == 0).all()
+        assert found.zero_variance_groups == 1
+        assert found.mask[1].all()
+
+
+def test_unscored_chains_are_masked_and_leave_no_trace_in_the_others() -> None:
+    """A chain without a score is not a chain that scored 0."""
+    rewards = np.array(
+        [[0.2, np.nan, 0.9, 0.4], [0.2, 0.9, np.inf, -np.inf], [np.nan] * 4, [np.nan, 0.5, np.nan, np.nan]]
+    )
+    found = group_advantages(rewards)
+    close(found.values[0, [0, 2, 3]], group_advantages(rewards[:1, [0, 2, 3]]).values[0], atol=1e-12)
+    close(found.values[1, :2], group_advantages(rewards[1:2, :2]).values[0], atol=1e-12)
+    assert found.mask.tolist() == [[True, False, True, True], [True, True, False, False], [False] * 4, [False] * 4]
+    assert np.isfinite(found.values).all()
+    assert (found.values[~found.mask] == 0).all()
+    assert found.unscored_chains == 1 + 2 + 4 + 3
+    assert found.zero_variance_groups == 2
+
+
+def test_global_deviation_counts_scored_chains_only() -> None:
+    rewards = np.array([[0.0, 1.0, np.nan], [0.2, 0.2, 0.2]])
+    found = group_advantages(rewards, std="global")
+    scale = np.std([0.0, 1.0, 0.2, 0.2, 0.2]) + 1e-4
+    close(found.values[0], np.array([-0.5 / scale, 0.5 / scale, 0.0]), atol=1e-12)
+
+
+def test_advantages_are_clipped() -> None:
+    rewards = np.zeros((1, 64))
+    rewards[0, 5] = 1.0
+    free, bound = group_advantages(rewards, clip=100.0), group_advantages(rewards)
+    assert free.values[0, 5] > 7
+    assert bound.values[0, 5] == 5.0
+    assert (bound.values[0, :5] == free.values[0, :5]).all()
+    assert group_advantages(-rewards).values[0, 5] == -5.0
+
+
+def test_nobody_scored() -> None:
+    for std in ("group", "global", "none"):
+        found = group_advantages(np.full((2, 3), np.nan), std=std)
+        assert not found.mask.any()
+        assert (found.values == 0).all()
+        assert (found.zero_variance_groups, found.unscored_chains) == (2, 6)

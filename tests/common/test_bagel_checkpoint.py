@@ -1,0 +1,186 @@
+"""Checkpoints to and from disk: exact round trips under the released names, and errors that name file and tensor."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from golden_numbers import CHECKPOINT, close, golden
+from safetensors.torch import load_file, save_file
+
+from common.bagel import checkpoint as store
+from common.bagel.checkpoint import AUTOENCODER, UNUSED, WEIGHTS, Checkpoint
+from common.bagel.config import CheckpointError
+
+LM_HEAD = "language_model.lm_head.weight"
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A checkpoint that the test may damage."""
+    return Path(shutil.copytree(CHECKPOINT, tmp_path / "ckpt", copy_function=shutil.copyfile))
+
+
+def rewrite(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+def test_round_trip_is_exact_and_keeps_the_released_names(golden_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    store.save(golden_checkpoint, tmp_path / "saved")
+    for file in (WEIGHTS, AUTOENCODER):
+        released, saved = load_file(CHECKPOINT / file), load_file(tmp_path / "saved" / file)
+        wanted = {name: tensor for name, tensor in released.items() if not name.startswith(UNUSED)}
+        assert saved.keys() == wanted.keys()
+        for name, tensor in wanted.items():
+            assert torch.equal(saved[name], tensor), name
+    loaded = store.load(tmp_path / "saved")
+    for name, tensor in golden_checkpoint.policy.state_dict().items():
+        assert torch.equal(loaded.policy.state_dict()[name], tensor), name
+    for name, tensor in golden_checkpoint.vae.state_dict().items():
+        assert torch.equal(loaded.vae.state_dict()[name], tensor), name
+    assert loaded.config == golden_checkpoint.config
+    assert store.check(tmp_path / "saved") == golden_checkpoint.config
+    ids = golden("bagel/text.npz")["c_ids"].tolist()
+    text = golden_checkpoint.chat.decode(ids)
+    assert loaded.chat.encode(text) == golden_checkpoint.chat.encode(text)
+    specials = ("start", "end", "vision_start", "vision_end")
+    assert [getattr(loaded.chat, s) for s in specials] == [getattr(golden_checkpoint.chat, s) for s in specials]
+
+
+def test_saving_twice_replaces_and_leaves_nothing_aside(golden_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    target = tmp_path / "saved"
+    store.save(golden_checkpoint, target)
+    (target / "stale.json").write_text("{}")
+    weights = {name: t + 1 for name, t in golden_checkpoint.policy.state_dict().items()}
+    store.save(golden_checkpoint, target, weights)
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+    assert not (target / "stale.json").exists()
+    assert torch.equal(load_file(target / WEIGHTS)[LM_HEAD], weights[LM_HEAD])
+
+
+def test_loads_in_another_type(golden_checkpoint: Checkpoint) -> None:
+    loaded = store.load(CHECKPOINT, torch.bfloat16)
+    for name, tensor in golden_checkpoint.policy.state_dict().items():
+        assert torch.equal(loaded.policy.state_dict()[name], tensor.bfloat16()), name
+
+
+def test_frozen_parts_are_frozen(golden_checkpoint: Checkpoint) -> None:
+    assert not any(p.requires_grad for p in golden_checkpoint.vae.parameters())
+    assert not golden_checkpoint.policy.latent_pos_embed.pos_embed.requires_grad
+
+
+def test_image_understanding_may_be_absent(golden_checkpoint: Checkpoint, copy: Path) -> None:
+    rewrite(copy / WEIGHTS, lambda t: [t.pop(name) for name in list(t) if name.startswith(UNUSED)])
+    close(store.load(copy).policy.vae2llm.weight, golden_checkpoint.policy.vae2llm.weight, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("file", "tensor"), [(WEIGHTS, LM_HEAD), (WEIGHTS, "vae2llm.bias"), (AUTOENCODER, "decoder.conv_in.weight")]
+)
+def test_missing_extra_and_misshapen_tensors_are_named(copy: Path, file: str, tensor: str) -> None:
+    path, whole = copy / file, load_file(copy / file)
+    rewrite(path, lambda t: t.pop(tensor))
+    with pytest.raises(CheckpointError, match=rf"{file}: tensor {tensor} is missing"):
+        store.load(copy)
+    save_file({**whole, f"{tensor}.more": torch.zeros(1)}, path)
+    with pytest.raises(CheckpointError, match=rf"{file}: tensor {tensor}.more is not part"):
+        store.load(copy)
+    save_file({**whole, tensor: torch.zeros(3, 5)}, path)
+    with pytest.raises(CheckpointError, match=rf"{file}: tensor {tensor} has shape \(3, 5\), the config says"):
+        store.load(copy)
+
+
+@pytest.mark.parametrize("file", [WEIGHTS, AUTOENCODER])
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_truncated_weights(copy: Path, file: str, keep: int) -> None:
+    """Whatever is left of the file: nothing, part of the header, or all but the last byte."""
+    path = copy / file
+    path.write_bytes(path.read_bytes()[:keep])
+    for read in (store.load, store.check):
+        with pytest.raises(CheckpointError, match=rf"{file} is truncated"):
+            read(copy)
+
+
+@pytest.mark.parametrize("file", [WEIGHTS, AUTOENCODER, "config.json", "tokenizer.json"])
+def test_missing_files(copy: Path, file: str) -> None:
+    (copy / file).unlink()
+    for read in (store.load, store.check):
+        with pytest.raises(CheckpointError, match=rf"{file} is missing"):
+            read(copy)
+
+
+def test_not_a_directory(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nowhere is not a directory; give the path of a checkpoint"):
+        store.check(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("file", ["config.json", "llm_config.json", "tokenizer.json"])
+@pytest.mark.parametrize("content", [b'{"hidden_size": 12', b"\xff\xfe\x00binary", b""])
+def test_broken_json(copy: Path, file: str, content: bytes) -> None:
+    (copy / file).write_bytes(content)
+    with pytest.raises(CheckpointError, match=file):
+        store.load(copy)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("hidden_size", None), ("hidden_size", "wide"), ("num_hidden_layers", 0), ("num_key_value_heads", 997)],
+)
+def test_sizes_that_cannot_be(copy: Path, key: str, value: Any) -> None:
+    edit(copy / "llm_config.json", lambda data: data.update({key: value}))
+    with pytest.raises(CheckpointError, match=rf"config.json: .*{key}"):
+        store.load(copy)
+
+
+def test_sizes_of_another_model(copy: Path) -> None:
+    edit(copy / "llm_config.json", lambda data: data.update(num_hidden_layers=data["num_hidden_layers"] + 1))
+    with pytest.raises(CheckpointError, match=rf"{WEIGHTS}: tensor language_model\.model\.layers\.\S+ is missing"):
+        store.load(copy)
+
+
+def test_a_config_that_holds_a_list(copy: Path) -> None:
+    (copy / "llm_config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"llm_config\.json holds a list, not an object"):
+        store.load(copy)
+    (copy / "llm_config.json").unlink()
+    edit(copy / "config.json", lambda data: data.update(llm_config=[]))
+    with pytest.raises(CheckpointError, match=r"config\.json: llm_config"):
+        store.load(copy)
+
+
+def test_special_id_outside_the_vocabulary(copy: Path, golden_checkpoint: Checkpoint) -> None:
+    chat = golden_checkpoint.chat
+    last = max(chat.start, chat.end, chat.vision_start, chat.vision_end)
+    edit(copy / "llm_config.json", lambda data: data.update(vocab_size=last))
+    with pytest.raises(CheckpointError, match=rf"tokenizer.json: <\|\w+\|> has id {last}, outside the vocabulary"):
+        store.check(copy)
+
+
+def test_special_token_unknown_to_the_tokenizer(copy: Path) -> None:
+    path = copy / "tokenizer.json"
+    path.write_text(path.read_text().replace("<|vision_start|>", "<|nothing|>"))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json has no token <\|vision_start\|>"):
+        store.check(copy)
+
+
+def test_image_sizes_and_their_grid(golden_checkpoint: Checkpoint) -> None:
+    config = golden_checkpoint.config
+    side, most = config.pixels_per_token, config.max_latent_size
+    assert config.grid(2 * side, 3 * side) == (2, 3)
+    with pytest.raises(ValueError, match=f"image size {side + 1}x{side} is not a multiple of {side} pixels"):
+        config.grid(side + 1, side)
+    with pytest.raises(ValueError, match=f"needs 1x{most + 1} tokens; max_latent_size is {most}"):
+        config.grid(side, (most + 1) * side)

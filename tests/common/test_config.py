@@ -1,0 +1,206 @@
+"""The configuration: what is wrong is said with field, value and remedy, before anything heavy is imported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from common.config import (
+    RECIPES,
+    REPOSITORY,
+    ConfigError,
+    TrainConfig,
+    apply_overrides,
+    load_config,
+    read_recipe,
+    resolve_path,
+    to_yaml,
+    validate,
+)
+
+
+def error_of(data: dict[str, Any]) -> str:
+    with pytest.raises(ConfigError) as error:
+        validate(data)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"stepps": 3}, ["stepps is not a known key", "did you mean steps?"]),
+        ({"sampling": {"temprature": 1}}, ["sampling.temprature", "did you mean temperature?"]),
+        ({"rewards": [{"name": "shapes", "wieght": 1}]}, ["rewards.0.wieght", "did you mean weight?"]),
+        ({"checkpoints": {"zzz": 1}}, ["checkpoints.zzz", "known keys here: every, keep"]),
+    ],
+)
+def test_unknown_keys_are_named_with_the_closest_known_one(data: dict[str, Any], words: list[str]) -> None:
+    message = error_of(data)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (
+            {"data": {"prompts_per_step": 7}, "learner": {"ranks": 2}},
+            ["data.prompts_per_step is 7", "2 learner ranks", "use a multiple of 2"],
+        ),
+        (
+            {"data": {"prompts_per_step": 8}, "learner": {"ranks": 2}, "objective": {"minibatches": 3}},
+            ["data.prompts_per_step is 8", "3 minibatches", "use a multiple of 6"],
+        ),
+        (
+            {"sampling": {"window_size": 4, "window_range": [1, 4]}},
+            ["sampling.window_size is 4", "[1, 4] holds 3 steps", "make the window smaller"],
+        ),
+        (
+            {"sampling": {"points": 5, "window_range": [0, 5]}},
+            ["window_range ends at step 5", "5 points are 4 steps", "raise sampling.points"],
+        ),
+        ({"sampling": {"window_range": [3, 3]}}, ["sampling.window_range is [3, 3]", "low < high"]),
+        ({"sampling": {"window_range": [-1, 3]}}, ["sampling.window_range is [-1, 3]", "0 <= low"]),
+        ({"rewards": [{"name": "a"}, {"name": "a"}]}, ["rewards names a scorer twice", "give each one entry"]),
+        (
+            {"objective": {"text_weight": 0, "image_weight": 0}},
+            ["objective.text_weight and objective.image_weight are both 0", "nothing would be trained"],
+        ),
+    ],
+)
+def test_arithmetic_that_does_not_work_out(data: dict[str, Any], words: list[str]) -> None:
+    message = error_of(data)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("data", "field", "value"),
+    [
+        ({"data": {"group_size": 1}}, "data.group_size", "1"),
+        ({"sampling": {"temperature": 0}}, "sampling.temperature", "0"),
+        ({"optimizer": {"lr_denoising": -1e-4}}, "optimizer.lr_denoising", "-0.0001"),
+        ({"optimizer": {"lr_reasoning": float("nan")}}, "optimizer.lr_reasoning", "nan"),
+        ({"objective": {"advantage_std": "grup"}}, "objective.advantage_std", "'grup'"),
+        ({"steps": "many"}, "steps", "'many'"),
+        ({"rewards": []}, "rewards", "[]"),
+        ({"run_name": "../escape"}, "run_name", "'../escape'"),
+        ({"learner": None}, "learner", "None"),
+    ],
+)
+def test_values_out_of_range_are_named(data: dict[str, Any], field: str, value: str) -> None:
+    message = error_of(data)
+    assert f"{field} is {value}" in message, message
+
+
+def test_overrides_of_nested_and_list_fields() -> None:
+    overrides = [
+        "steps=3",
+        "optimizer.lr_denoising=1e-4",
+        "sampling.window_range=[1, 4]",
+        "sampling.window_range.1=5",
+        "rewards.0.weight=2.5",
+        "rewards.0.options.points=7",
+        "objective.image_clip=1e-6",
+        "run_name=try-1",
+        "recording.trackers=[]",
+        "objective.ratio_norm=false",
+    ]
+    config = validate(apply_overrides({"rewards": [{"name": "shapes"}], "steps": 9, "seed": 4}, overrides))
+    assert config.steps == 3
+    assert config.seed == 4, "what is not overridden stays"
+    assert config.optimizer.lr_denoising == 1e-4
+    assert config.sampling.window_range == (1, 5)
+    assert (config.rewards[0].weight, config.rewards[0].options) == (2.5, {"points": 7})
+    assert config.objective.image_clip == 1e-6
+    assert config.run_name == "try-1"
+    assert config.recording.trackers == ()
+    assert config.objective.ratio_norm is False
+
+
+def test_overrides_leave_the_recipe_as_it_was() -> None:
+    recipe = {"rewards": [{"name": "shapes"}], "data": {"group_size": 4}}
+    apply_overrides(recipe, ["data.group_size=8", "rewards.0.name=other"])
+    assert recipe == {"rewards": [{"name": "shapes"}], "data": {"group_size": 4}}
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("steps", ["'steps' is not key=value"]),
+        ("=3", ["is not key=value"]),
+        ("rewards.3.weight=1", ["rewards.3.weight", "3 is not an entry of a list of 1"]),
+        ("rewards.first.weight=1", ["first is not an entry"]),
+        ("rewards.-1=1", ["-1 is not an entry"]),
+        ("steps.more=1", ["steps is a value, not a section"]),
+        ("data.train=[1,", ["the value is not valid YAML"]),
+    ],
+)
+def test_overrides_that_make_no_sense(override: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        apply_overrides({"steps": 1, "rewards": [{"name": "shapes"}]}, [override])
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_yaml_round_trip() -> None:
+    data = {
+        "run_name": "round-trip",
+        "seed": 7,
+        "sampling": {"window_range": [1, 6], "points": 25, "noise_level": 0.8},
+        "objective": {"image_clip": 1e-6, "velocity_mse": 1.5e-5},
+        "rewards": [{"name": "shapes", "weight": 0.5, "options": {"a": [1, "x"]}}, {"name": "clip_score"}],
+        "recording": {"trackers": ["tensorboard", "wandb"]},
+        "max_staleness": 1,
+    }
+    config = validate(data)
+    again = validate(yaml.safe_load(to_yaml(config)))
+    assert again == config
+    assert again.objective.velocity_mse == 1.5e-5
+    assert validate(yaml.safe_load(to_yaml(TrainConfig()))) == TrainConfig()
+
+
+def test_written_yaml_is_a_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "resolved.yaml"
+    path.write_text(to_yaml(load_config("shapes")))
+    assert load_config(str(path)) == load_config("shapes")
+    assert load_config(str(path), ["steps=1"]).steps == 1
+
+
+@pytest.mark.parametrize("recipe", sorted(p.stem for p in RECIPES.glob("*.yaml") if "sft" not in p.stem))
+def test_training_recipes_are_valid(recipe: str) -> None:
+    assert isinstance(load_config(recipe), TrainConfig)
+
+
+def test_recipes_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"recipe shape is neither .*; did you mean shapes\?"):
+        read_recipe("shape")
+    for content, message in (("[1, 2]", "holds a list; a recipe is a mapping"), ("a: [", "is not valid YAML")):
+        path = tmp_path / "broken.yaml"
+        path.write_text(content)
+        with pytest.raises(ConfigError, match=message):
+            read_recipe(str(path))
+
+
+def test_paths_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert resolve_path("pyproject.toml") == REPOSITORY / "pyproject.toml"
+    (tmp_path / "pyproject.toml").touch()
+    assert resolve_path("pyproject.toml") == (tmp_path / "pyproject.toml").resolve(), "the working directory first"
+    with pytest.raises(ConfigError, match=r"no/such does not exist .* correct the path"):
+        resolve_path("no/such")
+
+
+def test_a_config_does_not_change() -> None:
+    config = TrainConfig()
+    with pytest.raises(ValueError, match="frozen"):
+        config.steps = 5  # type: ignore[misc]
+
+
+def test_importing_the_config_imports_nothing_heavy() -> None:
+    heavy = ("torch", "ray", "vllm", "deepspeed", "transformers", "diffusers")
+    code = f"import sys, common.config; print([m for m in {heavy!r} if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

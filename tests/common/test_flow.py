@@ -1,0 +1,184 @@
+"""Schedule, SDE step, log-probabilities, ratios and window against numbers of flow_grpo and GRPO-Guard."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from golden_numbers import close, golden, tensor
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common import flow
+from common.window import sample_window
+
+LEVELS = ("0.8", "0.7")
+
+
+def steps() -> dict[str, torch.Tensor]:
+    return {name: tensor(array) for name, array in golden("flowgrpo/sde_steps.npz").items()}
+
+
+@pytest.mark.parametrize(("file", "name"), [("flowgrpo/sde_steps.npz", "sigmas"), ("bagel/ode.npz", "timesteps")])
+def test_schedule(file: str, name: str) -> None:
+    wanted = golden(file)[name]
+    found = flow.timesteps(len(wanted), 3.0)
+    assert len(found) == len(wanted), "N points are N - 1 steps"
+    close(np.array(found), wanted, atol=1e-6, rtol=0)
+
+
+def test_number_of_steps() -> None:
+    times = flow.timesteps(25, 3.0)
+    assert len(times) - 1 == 24
+    assert sum(b - a for a, b in pairwise(times)) == pytest.approx(-1)
+    assert flow.timesteps(2, 3.0) == [1.0, 0.0]
+    with pytest.raises(ValueError, match="points is 1; a schedule needs at least 2"):
+        flow.timesteps(1, 3.0)
+
+
+@given(points=st.integers(2, 200), shift=st.floats(0.05, 20))
+@settings(max_examples=60, deadline=None)
+def test_schedule_runs_from_exactly_one_to_exactly_zero(points: int, shift: float) -> None:
+    """A first time just below 1 would make the first step's noise explode."""
+    times = flow.timesteps(points, shift)
+    assert times[0] == 1.0
+    assert times[-1] == 0.0
+    assert all(a > b for a, b in pairwise(times))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_mean_std_and_sample_of_every_step(level: str) -> None:
+    s = steps()
+    move = flow.sde_step(s["sigmas"][:-1], s["sigmas"][1:], float(level))
+    close(move.std, s[f"sde_{level}_std"] * s[f"sde_{level}_sqrt_dt"])
+    for step in range(len(s["x"])):
+        one = flow.sde_step(s["sigmas"][step].expand(2), s["sigmas"][step + 1].expand(2), float(level))
+        mean = flow.mean_of(one, s["x"][step], s["v"][step])
+        close(mean, s[f"sde_{level}_mean"][step])
+        close(mean + one.std[:, None, None] * s["noise"][step], s[f"sde_{level}_prev"][step])
+        close(flow.mean_of(one, s["x"][step], s["v_new"][step]), s[f"sde_{level}_new_mean"][step])
+
+
+def log_probs(level: str, which: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs [steps, 2] of the recorded samples under the recorded means, and std [steps]."""
+    s = steps()
+    std = s[f"sde_{level}_std"] * s[f"sde_{level}_sqrt_dt"]
+    rows = [
+        flow.step_log_prob(s[f"sde_{level}_prev"][i], s[f"sde_{level}_{which}"][i], std[i].expand(2))
+        for i in range(len(std))
+    ]
+    return torch.stack(rows), std
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_log_probs_of_every_step(level: str) -> None:
+    s = steps()
+    close(log_probs(level, "mean")[0], s[f"sde_{level}_logp"])
+    found, std = log_probs(level, "new_mean")
+    close(found, s[f"sde_{level}_new_logp"])
+    # flow_grpo's BAGEL path records the quadratic term alone.
+    old, _ = log_probs(level, "mean")
+    constants = std.log() + 0.5 * np.log(2 * np.pi)
+    close(old[:, 0] + constants, s[f"sde_{level}_bagel_logp"])
+
+
+def test_log_prob_is_the_gaussian_density_averaged_over_dimensions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, mean = torch.randn(2, 3, 5, 7, generator=generator)
+    std = torch.tensor([0.3, 1.0, 2.5])
+    wanted = torch.distributions.Normal(mean, std[:, None, None]).log_prob(x).mean((1, 2))
+    close(flow.step_log_prob(x, mean, std), wanted, atol=1e-5)
+
+
+def test_no_noise_is_the_euler_step() -> None:
+    s = steps()
+    move = flow.sde_step(s["sigmas"][7].expand(2), s["sigmas"][8].expand(2), 0.0)
+    assert move.std.tolist() == [0.0, 0.0]
+    close(flow.mean_of(move, s["x"][7], s["v"][7]), s["ode7_prev"])
+    every = flow.sde_step(s["sigmas"][:-1], s["sigmas"][1:], 0.0)
+    assert every.keep.tolist() == [1.0] * len(every.keep)
+    close(every.drive, s["sigmas"].diff(), atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_ratio_norm_equals_its_closed_form_and_the_recorded_ratio(level: str) -> None:
+    s, guard = steps(), golden("flowgrpo/guard.npz")
+    std = s[f"sde_{level}_std"] * s[f"sde_{level}_sqrt_dt"]
+    found = torch.stack(
+        [
+            flow.ratio_norm_log(
+                s[f"sde_{level}_prev"][i],
+                s[f"sde_{level}_mean"][i],
+                s[f"sde_{level}_new_mean"][i],
+                std[i].expand(2),
+            )
+            for i in range(len(std))
+        ]
+    )
+    close(found, guard[f"identity_{level}_log_ratio"], atol=1e-8, rtol=1e-3)
+    # The recorded ratio went through log-probs of size 1 to 5, and has their rounding.
+    close(found.exp(), guard[f"rationorm_{level}_bs1_ratio"], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_ratio_norm_is_the_plain_ratio_without_bias_times_std(level: str) -> None:
+    """s (log r + ||mu_old - mu||^2 / (2 s^2)), in fp64 through the definition."""
+    s = {name: array.double() for name, array in steps().items()}
+    std = s[f"sde_{level}_std"] * s[f"sde_{level}_sqrt_dt"]
+    new, old, sample = (s[f"sde_{level}_{part}"] for part in ("new_mean", "mean", "prev"))
+    for i in range(len(std)):
+        scale = std[i].expand(2)
+        plain = flow.plain_log_ratio(sample[i], old[i], new[i], scale)
+        bias = ((old[i] - new[i]) ** 2).mean((1, 2)) / (2 * scale**2)
+        close(flow.ratio_norm_log(sample[i], old[i], new[i], scale), scale * (plain + bias), atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_plain_ratio(level: str) -> None:
+    s, guard = steps(), golden("flowgrpo/guard.npz")
+    std = s[f"sde_{level}_std"] * s[f"sde_{level}_sqrt_dt"]
+    for i in range(len(std)):
+        log_ratio = flow.plain_log_ratio(
+            s[f"sde_{level}_prev"][i], s[f"sde_{level}_mean"][i], s[f"sde_{level}_new_mean"][i], std[i].expand(2)
+        )
+        close(log_ratio.exp(), guard[f"plain_{level}_bs1_ratio"][i], atol=3e-6, rtol=3e-6)
+
+
+def test_ratios_of_equal_policies_are_exactly_one() -> None:
+    s = steps()
+    for i in range(len(s["x"])):
+        std = (s["sde_0.8_std"] * s["sde_0.8_sqrt_dt"])[i].expand(2)
+        mean, sample = s["sde_0.8_mean"][i], s["sde_0.8_prev"][i]
+        assert flow.ratio_norm_log(sample, mean, mean, std).exp().tolist() == [1.0, 1.0]
+        assert flow.plain_log_ratio(sample, mean, mean, std).exp().tolist() == [1.0, 1.0]
+
+
+def test_image_clip_scales_with_the_latent_size() -> None:
+    assert flow.scaled_image_clip(64 * 64 * 64) == 1e-6
+    assert flow.scaled_image_clip(262_144 // 100 * 25) == pytest.approx(2e-6, rel=1e-4)
+    assert flow.scaled_image_clip(4 * 4 * 16) == pytest.approx(3.2e-5)
+
+
+@given(seed=st.integers(0, 2**63), size=st.integers(1, 6), low=st.integers(0, 6), room=st.integers(0, 6))
+@settings(max_examples=200, deadline=None)
+def test_window_lies_in_its_range(seed: int, size: int, low: int, room: int) -> None:
+    high = low + size + room
+    first, length = sample_window(seed, size, (low, high), steps=high)
+    assert length == size
+    assert low <= first <= high - size
+    assert (first, length) == sample_window(seed, size, (low, high), steps=high)
+
+
+def test_both_ends_of_the_window_are_reached_equally_often() -> None:
+    """The paper: three steps within [0, 5] start at 0, 1 or 2."""
+    firsts = [sample_window(seed, 3, (0, 5), 24)[0] for seed in range(3000)]
+    counts = np.bincount(firsts)
+    assert len(counts) == 3
+    assert counts.min() > 900
+
+
+def test_a_window_beyond_the_schedule() -> None:
+    with pytest.raises(ValueError, match=r"SDE window 2\.\.5 lies outside the 4 steps"):
+        sample_window(0, 3, (2, 5), 4)

@@ -1,0 +1,124 @@
+"""What a run leaves behind is whole, also after a kill."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.config import ConfigError
+from common.rundir import RunDirectory, replacing
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    return RunDirectory(tmp_path / "runs" / "demo").create("steps: 3\n")
+
+
+def test_create_writes_the_config_and_refuses_a_taken_path(run: RunDirectory) -> None:
+    assert run.config.read_text() == "steps: 3\n"
+    assert run.name == "demo"
+    with pytest.raises(ConfigError, match=r"runs/demo exists already; give another run_name, or --resume"):
+        RunDirectory(run.path).create("steps: 4\n")
+    assert run.config.read_text() == "steps: 3\n"
+    assert [p.name for p in run.path.parent.iterdir()] == ["demo"]
+
+
+def test_open_needs_a_directory_with_a_config(run: RunDirectory) -> None:
+    assert RunDirectory(run.path).open().config == run.config
+    with pytest.raises(ConfigError, match="missing does not exist"):
+        RunDirectory(run.path.parent / "missing").open()
+    run.config.unlink()
+    with pytest.raises(ConfigError, match=r"demo has no config\.yaml"):
+        RunDirectory(run.path).open()
+
+
+def test_paths_follow_the_documented_layout(run: RunDirectory) -> None:
+    def relative(path: Path) -> str:
+        return path.relative_to(run.path).as_posix()
+
+    assert relative(run.rollout_file(10, 0)) == "rollouts/step-000010-rank0.parquet"
+    assert relative(run.checkpoint(20)) == "checkpoints/step-000020"
+    assert relative(run.evaluation_file(0)) == "eval/step-000000.json"
+    assert relative(run.samples_file(0)) == "eval/step-000000.parquet"
+
+
+def test_json_is_strict_and_takes_numpy(run: RunDirectory) -> None:
+    value = {"a": np.float32("nan"), "b": [float("inf"), np.int64(3)], "c": np.array([[1.0, np.nan]]), "d": np.bool_(1)}
+    path = run.write_json("eval/x.json", value)
+    assert json.loads(path.read_text()) == {"a": None, "b": [None, 3], "c": [[1.0, None]], "d": True}
+    with pytest.raises(Exception, match="object"):
+        run.write_json("eval/y.json", {"a": object()})
+    assert [p.name for p in run.evaluations.iterdir()] == ["x.json"]
+
+
+def test_a_failed_write_keeps_the_old_file(run: RunDirectory) -> None:
+    with pytest.raises(RuntimeError), replacing(run.config) as aside:
+        aside.write_text("half")
+        raise RuntimeError
+    assert run.config.read_text() == "steps: 3\n"
+    assert [p.name for p in run.path.iterdir()] == ["config.yaml"]
+
+
+def test_metrics_round_trip_with_null_for_nan(run: RunDirectory) -> None:
+    assert run.read_metrics() == []
+    run.append_metrics({"step": 0, "reward/mean": np.float32(0.5)})
+    run.append_metrics({"step": 1, "reward/mean": float("nan")})
+    assert run.read_metrics() == [{"step": 0, "reward/mean": 0.5}, {"step": 1, "reward/mean": None}]
+    assert run.metrics.read_text().count("\n") == 2
+
+
+def test_a_torn_last_line_is_ignored_and_not_written_behind(run: RunDirectory) -> None:
+    run.append_metrics({"step": 0})
+    with run.metrics.open("a") as file:
+        file.write('{"step": 1, "rew')
+    assert run.read_metrics() == [{"step": 0}]
+    run.append_metrics({"step": 1})
+    assert run.read_metrics() == [{"step": 0}, {"step": 1}]
+
+
+@pytest.mark.parametrize("broken", ['{"step": 1, "rew', "[1]"])
+def test_a_broken_line_in_the_middle_is_an_error(run: RunDirectory, broken: str) -> None:
+    run.metrics.write_text(f'{{"step": 0}}\n{broken}\n{{"step": 2}}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is not a JSON object"):
+        run.read_metrics()
+
+
+def test_truncation_drops_the_step_and_later(run: RunDirectory) -> None:
+    run.truncate_metrics(2)
+    assert not run.metrics.exists()
+    for step in range(5):
+        run.append_metrics({"step": step})
+    run.truncate_metrics(3)
+    assert [row["step"] for row in run.read_metrics()] == [0, 1, 2]
+
+
+def test_latest_checkpoint_is_the_highest_whole_one(run: RunDirectory) -> None:
+    assert run.latest_checkpoint() is None
+    for name, whole in {
+        "step-000002": True,
+        "step-000010": True,
+        "step-000020": False,
+        "step-000030.partial": True,
+        "step-40": True,
+        "best": True,
+    }.items():
+        directory = run.checkpoints / name
+        directory.mkdir(parents=True)
+        if whole:
+            (directory / "manifest.json").write_text("{}")
+    assert run.latest_checkpoint() == run.checkpoint(10)
+    directory = run.checkpoint(1_000_000)
+    directory.mkdir()
+    (directory / "manifest.json").write_text("{}")
+    assert run.latest_checkpoint() == directory
+
+
+def test_evaluations_are_read_in_order_of_steps(run: RunDirectory) -> None:
+    assert run.read_evaluations() == {}
+    for step in (40, 0, 1_000_000):
+        run.write_json(run.evaluation_file(step), {"step": step})
+    (run.evaluations / "notes.json").write_text("nothing")
+    assert list(run.read_evaluations().items()) == [(s, {"step": s}) for s in (0, 40, 1_000_000)]

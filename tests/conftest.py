@@ -1,0 +1,55 @@
+"""What the tests of several rooms share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from common.bagel.checkpoint import Checkpoint
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # before ray is
+os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # Ray on loopback only, likewise
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """A Ray of two CPUs on this machine, for the whole session."""
+    import ray
+
+    ray.init(
+        address="local", num_cpus=2, include_dashboard=False, object_store_memory=256 << 20, logging_level="warning"
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def golden_checkpoint() -> Checkpoint:
+    """The recorded checkpoint, for tests that leave it as it is."""
+    from golden_numbers import CHECKPOINT
+
+    from common.bagel import checkpoint
+
+    return checkpoint.load(CHECKPOINT)
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> Iterator[None]:
+    """A process group of this process alone, with DeepSpeed on it; taken down again, as vLLM makes one of its own."""
+    from common.runtime import free_port
+    from learner.engine import init_process_group
+
+    before = dict(os.environ)
+    init_process_group(0, 1, f"127.0.0.1:{free_port()}", 60)
+    yield
+    import deepspeed
+
+    deepspeed.comm.destroy_process_group()
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)

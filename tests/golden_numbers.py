@@ -1,0 +1,40 @@
+"""The recorded numbers: where they are, how they are read, and how close to them is close enough.
+
+Another recording of the same layout is used with UNIGRPO_GOLDEN=directory; every size comes from its files.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+GOLDEN = Path(os.environ.get("UNIGRPO_GOLDEN") or Path(__file__).with_name("golden"))
+CHECKPOINT = GOLDEN / "ckpt"
+# What the README of the recording suggests for fp32; SQUARES for values that are squared errors.
+ATOL, RTOL, SQUARES = 5e-5, 1e-4, 2e-4
+
+
+@cache
+def golden(name: str) -> dict[str, NDArray[Any]]:
+    """All arrays of one file, e.g. "bagel/text.npz"."""
+    with np.load(GOLDEN / name) as file:
+        return {key: file[key] for key in file.files}
+
+
+def tensor(array: Any) -> torch.Tensor:
+    """An array as a tensor of its own memory."""
+    return torch.tensor(np.asarray(array))
+
+
+def close(found: Any, wanted: Any, atol: float = ATOL, rtol: float = RTOL) -> None:
+    """Asserts equal shapes and values within tolerance."""
+    found = found.detach().cpu().numpy() if isinstance(found, torch.Tensor) else np.asarray(found)
+    wanted = wanted.detach().cpu().numpy() if isinstance(wanted, torch.Tensor) else np.asarray(wanted)
+    assert found.shape == wanted.shape, f"shape {found.shape}, not {wanted.shape}"
+    np.testing.assert_allclose(found, wanted, atol=atol, rtol=rtol)
