@@ -1,0 +1,151 @@
+"""A rollout replica: reasoning by vLLM, then the image, for whole groups of chains."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from common.bagel import checkpoint as store
+from common.bagel.config import read_json
+from common.bagel.text import system_prompt
+from common.config import TrainConfig, resolve_path
+from common.types import Chain, Group, ImageSegment, RolloutRequest, RolloutStats, TextSegment, WeightManifest
+from common.weights import checksum_of, unpack
+from rollout.denoiser import Denoiser, Drawing
+from rollout.reasoner import Completion, Reasoner, write_reasoner_dir
+
+PROBE_LENGTH = 16
+# fp32 kernels of two engines differ in the last bits; a weight that is not the published one differs far more.
+PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.3}
+
+
+class RolloutReplica:
+    """Holds the policy twice over where it must: the understanding half in vLLM, all of it in the denoiser.
+
+    Everything is built here, so that an actor that Ray restarts is complete except for the current weights, which the
+    pool sends before it gives out work.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.dtype = config.rollout.dtype
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        directory = resolve_path(config.model.path)
+        self.checkpoint = store.load(directory, getattr(torch, self.dtype), device)
+        self.checkpoint.policy.eval()
+        sampling = config.sampling
+        self.denoiser = Denoiser(
+            self.checkpoint, config.model.height, config.model.width, sampling.shift, sampling.noise_level
+        )
+        self.system = system_prompt(config.model.system_prompt)
+        self.reasoner = self._start_reasoner(directory)
+        self.version = -1
+
+    def _start_reasoner(self, directory: Path) -> Reasoner:
+        llm = self.checkpoint.config.llm_config
+        limit = self.config.sampling.max_prompt_tokens + self.config.sampling.max_tokens
+        with tempfile.TemporaryDirectory() as scratch:
+            target = Path(scratch) / "reasoner"
+            described = read_json(directory / "llm_config.json") | {"vocab_size": llm.vocab_size}
+            write_reasoner_dir(target, described, self.checkpoint.policy.reasoning_weights())
+            return Reasoner(
+                target,
+                eos_token_id=self.checkpoint.chat.end,
+                dtype=self.dtype,
+                max_model_len=limit,
+                max_batch=min(256, self.config.rollout.groups_per_call * self.config.data.group_size),
+                memory_bytes=self.config.rollout.kv_cache_mb << 20,
+                tensor_parallel=self.config.rollout.tensor_parallel,
+                gpu_memory_utilization=self.config.rollout.gpu_memory_utilization,
+            )
+
+    def ping(self) -> int:
+        """The version this replica holds; -1 before the first load."""
+        return self.version
+
+    def load_weights(self, manifest: WeightManifest, buffer: NDArray[np.uint8]) -> str:
+        """Replaces both copies of the weights and proves it: the checksum of what the denoiser now holds.
+
+        RuntimeError if vLLM, asked for log-probs of a fixed sequence, does not answer as the denoiser's copy does.
+        """
+        weights = unpack(manifest, buffer)
+        policy = self.checkpoint.policy
+        policy.load_state_dict(weights, strict=False)
+        self.reasoner.load_weights(policy.reasoning_weights())
+        self._probe(manifest.version)
+        held = checksum_of(policy.state_dict(), manifest)
+        if held != manifest.checksum:
+            raise RuntimeError(
+                f"weights version {manifest.version}: the denoiser holds {held}, not {manifest.checksum}"
+            )
+        self.version = manifest.version
+        return held
+
+    @torch.no_grad()
+    def _probe(self, version: int) -> None:
+        vocabulary = self.checkpoint.config.llm_config.vocab_size
+        ids = np.random.default_rng(0).integers(0, vocabulary, PROBE_LENGTH).tolist()
+        expected = self.checkpoint.policy.token_logprobs([ids])[0]
+        difference = float((torch.tensor(self.reasoner.probe(ids)) - expected.cpu()).abs().max())
+        if not difference <= PROBE_TOLERANCE[self.dtype]:
+            raise RuntimeError(
+                f"weights version {version}: vLLM's log-probs differ by {difference:.2g} from the published weights'; "
+                "the load did not take effect"
+            )
+
+    def generate(self, requests: list[RolloutRequest]) -> tuple[RolloutStats | Group, ...]:
+        """Statistics, then one Group per request, in order."""
+        chat, version = self.checkpoint.chat, self.version
+        prompts = [chat.prompt_ids(request.prompt.text, self.system) for request in requests]
+        flat = [(prompts[i], seed, request) for i, request in enumerate(requests) for seed in request.seeds]
+        started = time.monotonic()
+        completions = self.reasoner.generate(
+            [ids for ids, _, _ in flat],
+            [seed for _, seed, _ in flat],
+            max_tokens=self.config.sampling.max_tokens,
+            temperature=self.config.sampling.temperature,
+        )
+        reasoned = time.monotonic()
+        drawings = self.denoiser.draw(
+            [chat.context_ids(ids, c.ids) for (ids, _, _), c in zip(flat, completions, strict=True)],
+            [seed for _, seed, _ in flat],
+            [request.window for _, _, request in flat],
+            requests[0].points,
+        )
+        chains = [
+            self._chain(ids, completion, drawing, seed, version)
+            for (ids, seed, _), completion, drawing in zip(flat, completions, drawings, strict=True)
+        ]
+        groups, start = [], 0
+        for request in requests:
+            end = start + len(request.seeds)
+            groups.append(Group(request.prompt, request.step, tuple(chains[start:end])))
+            start = end
+        tokens = sum(len(completion.ids) for completion in completions)
+        return RolloutStats(len(chains), tokens, reasoned - started, time.monotonic() - reasoned), *groups
+
+    def _chain(self, prompt: list[int], completion: Completion, drawing: Drawing, seed: int, version: int) -> Chain:
+        text = TextSegment(
+            np.array(prompt),
+            np.array(completion.ids),
+            np.array(completion.logprobs, np.float32),
+            completion.finished,
+            self.checkpoint.chat.decode(completion.ids),
+            version,
+        )
+        image = ImageSegment(
+            drawing.x_t,
+            drawing.x_next,
+            drawing.v_old,
+            drawing.t,
+            drawing.t_next,
+            drawing.pixels,
+            self.denoiser.grid,
+            version,
+        )
+        return Chain((text, image), seed)

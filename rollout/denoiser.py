@@ -1,0 +1,84 @@
+"""Unbranched denoising: one forward per step, no classifier-free guidance, SDE noise inside each chain's window."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from common import flow
+from common.bagel import vae as vae_ops
+from common.bagel.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One image and its window: x_t, x_next, v_old [K, N, D] fp32, t and t_next [K] fp32, pixels [H, W, 3] uint8."""
+
+    x_t: NDArray[np.float32]
+    x_next: NDArray[np.float32]
+    v_old: NDArray[np.float32]
+    t: NDArray[np.float32]
+    t_next: NDArray[np.float32]
+    pixels: NDArray[np.uint8]
+
+
+class Denoiser:
+    """Draws images for contexts of different lengths in one batch."""
+
+    def __init__(self, checkpoint: Checkpoint, height: int, width: int, shift: float, noise_level: float) -> None:
+        self.policy, self.vae, self.config = checkpoint.policy, checkpoint.vae, checkpoint.config
+        self.grid = self.config.grid(height, width)
+        self.shift, self.noise_level = shift, noise_level
+
+    @torch.no_grad()
+    def draw(
+        self,
+        contexts: list[list[int]],
+        seeds: list[int],
+        windows: list[tuple[int, int] | None],
+        points: int,
+    ) -> list[Drawing]:
+        """One image per context. seeds: the chain's own noise; windows: (first step, steps) of SDE or None."""
+        device, count = self.policy.device, len(contexts)
+        size = max((window[1] for window in windows if window), default=0)
+        noise = self._noise(seeds, size).to(device)
+        first = torch.tensor([window[0] if window else points for window in windows], device=device)
+        length = torch.tensor([window[1] if window else 0 for window in windows], device=device)
+        times = torch.tensor(flow.timesteps(points, self.shift), device=device)
+        context = self.policy.prefill(contexts)
+        x = noise[:, 0]
+        kept = torch.zeros(3, count, size, *x.shape[1:], device=device)
+        for step in range(points - 1):
+            t, t_next = times[step].expand(count), times[step + 1].expand(count)
+            v = self.policy.velocity(x, t.float(), context, self.grid)
+            place = step - first
+            inside = (place >= 0) & (place < length)
+            x_next = flow.mean_of(flow.sde_step(t, t_next, 0.0), x, v)
+            if inside.any():
+                rows, slot = inside.nonzero()[:, 0], place[inside]
+                move = flow.sde_step(t[rows], t_next[rows], self.noise_level)
+                z = noise[rows, slot + 1]
+                x_next[rows] = flow.mean_of(move, x[rows], v[rows]) + move.std[:, None, None] * z
+                kept[:, rows, slot] = torch.stack([x[rows], x_next[rows], v[rows]])
+            x = x_next
+        pixels = vae_ops.to_uint8(vae_ops.decode(self.vae, self.config, x, self.grid)).cpu().numpy()
+        schedule = times.float().cpu().numpy()
+        return [self._drawing(kept[:, i].cpu(), windows[i], schedule, pixels[i]) for i in range(count)]
+
+    def _noise(self, seeds: list[int], size: int) -> Tensor:
+        """[M, 1 + size, N, D]: the start and one draw per window step, from each chain's own generator."""
+        shape = (1 + size, self.grid[0] * self.grid[1], self.config.token_dim)
+        return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+    @staticmethod
+    def _drawing(
+        kept: Tensor, window: tuple[int, int] | None, times: NDArray[np.float32], pixels: NDArray[np.uint8]
+    ) -> Drawing:
+        first, length = window or (0, 0)
+        x_t, x_next, v = (part[:length].numpy().copy() for part in kept)
+        span = slice(first, first + length)
+        return Drawing(x_t, x_next, v, times[:-1][span].copy(), times[1:][span].copy(), pixels)

@@ -1,0 +1,248 @@
+"""Text reasoning with vLLM: token ids in, token ids and log-probabilities out, weights replaced between batches.
+
+The understanding half of the policy is a Qwen2 decoder with q/k/v biases and per-head QK norm. vLLM's own
+``Qwen2ForCausalLM`` is exactly that when its configuration says ``qk_norm``, so nothing is registered here.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from rollout.reasoner_dir import checked_weights, read_config, reasoner_shapes, save_weights, write_reasoner_dir
+from rollout.reasoner_worker import WorkerExtension, prepare_cpu
+
+__all__ = ["Completion", "Reasoner", "write_reasoner_dir"]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled continuation.
+
+    Attributes:
+        ids: sampled token ids, the EOS token included if it was drawn.
+        logprobs: for each id, its natural log-probability under the distribution it was drawn from.
+        finished: True if generation ended with EOS, False if it was cut at ``max_tokens``.
+    """
+
+    ids: list[int]
+    logprobs: list[float]
+    finished: bool
+
+
+class Reasoner:
+    """A vLLM engine for the reasoning policy.
+
+    On a CPU build of torch the engine runs inside the calling process, which should have set ``OMP_NUM_THREADS`` before
+    importing torch. There vLLM takes the process's default ``torch.distributed`` group and reseeds its global random
+    generators, and only one reasoner can be open at a time.
+
+    Args:
+        directory: what ``write_reasoner_dir`` wrote.
+        eos_token_id: the token that ends a completion.
+        dtype: of the weights, the activations and the KV cache.
+        max_model_len: most tokens of a prompt and its completion together.
+        max_batch: most requests decoded at the same time; more are queued.
+        memory_bytes: size of the KV cache, on CPU.
+        tensor_parallel: number of GPUs the model is split over.
+        gpu_memory_utilization: fraction of GPU memory for weights, activations and KV cache, on GPU.
+
+    Raises:
+        ValueError: if ``tensor_parallel`` is more than 1 on CPU.
+        RuntimeError: if another reasoner is open in this process and the engine would run here too.
+    """
+
+    # Strong, as an engine collected at some later time would tear down the state of the one that followed it.
+    _open_here: ClassVar[Reasoner | None] = None
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        eos_token_id: int,
+        dtype: str = "float32",
+        max_model_len: int,
+        max_batch: int,
+        memory_bytes: int = 64 << 20,
+        tensor_parallel: int = 1,
+        gpu_memory_utilization: float = 0.4,
+    ) -> None:
+        on_cpu = torch.version.cuda is None and torch.version.hip is None
+        if on_cpu and tensor_parallel != 1:
+            raise ValueError("tensor_parallel needs GPUs")
+        config = read_config(directory)
+        self._shapes = reasoner_shapes(config)
+        self._vocab_size = int(config["vocab_size"])
+        self._dtype = getattr(torch, dtype)
+        self._eos_token_id = eos_token_id
+        self._max_model_len = max_model_len
+        self._usable = True
+
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        # Its warnings are many and none is about this use, among them a traceback as no tokenizer has a chat template.
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        options: dict[str, Any] = {"gpu_memory_utilization": gpu_memory_utilization}
+        set_num_threads = torch.set_num_threads
+        if on_cpu:
+            prepare_cpu()
+            # Blocks of 32 tokens decode short sequences about a third faster than the default of 128.
+            options = {"kv_cache_memory_bytes": memory_bytes, "enforce_eager": True, "block_size": 32}
+        import vllm
+        from vllm import envs
+
+        self._in_process = not envs.VLLM_ENABLE_V1_MULTIPROCESSING and tensor_parallel == 1
+        if self._in_process and Reasoner._open_here is not None:
+            raise RuntimeError("vLLM keeps global state; close the reasoner that is open in this process first")
+        try:
+            self._llm = vllm.LLM(
+                model=str(directory),
+                skip_tokenizer_init=True,
+                generation_config="vllm",
+                dtype=dtype,  # type: ignore[arg-type]
+                max_model_len=max_model_len,
+                max_num_seqs=max_batch,
+                tensor_parallel_size=tensor_parallel,
+                # After the temperature: the distribution actually sampled from.
+                logprobs_mode="processed_logprobs",
+                worker_extension_cls=f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
+                seed=0,
+                use_tqdm_on_load=False,
+                **options,
+            )
+        finally:
+            # vLLM's CPU worker replaces it for the whole process by a function that does nothing.
+            torch.set_num_threads = set_num_threads
+        if self._in_process:
+            Reasoner._open_here = self
+
+    def close(self) -> None:
+        """Stops the engine and frees its memory. The reasoner cannot be used afterwards."""
+        self._usable = False
+        self._llm.llm_engine.engine_core.shutdown()
+        if Reasoner._open_here is self:
+            Reasoner._open_here = None
+
+    def generate(
+        self, prompts: list[list[int]], seeds: list[int], *, max_tokens: int, temperature: float = 1.0
+    ) -> list[Completion]:
+        """Samples one completion for each prompt from the full softmax.
+
+        The same weights, arguments and batch limit give the same completions.
+
+        Args:
+            prompts: token ids of each prompt.
+            seeds: the seed of each prompt's own random stream, at least 0.
+            max_tokens: most tokens of a completion, EOS included.
+            temperature: divides the logits. 0 takes the most likely token and records its log-probability at 1.
+
+        Returns:
+            Completions in the order of the prompts.
+
+        Raises:
+            ValueError: if the arguments do not fit each other, the vocabulary or ``max_model_len``.
+            RuntimeError: if the last ``load_weights`` failed or the reasoner is closed.
+        """
+        if len(prompts) != len(seeds):
+            raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
+        if min(seeds, default=0) < 0:
+            raise ValueError("seeds must be at least 0")
+        if temperature != 0 and temperature < 0.01:
+            raise ValueError("vLLM cannot sample at temperatures below 0.01")
+        outputs = self._run(
+            prompts,
+            seeds,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            logprobs=0,
+            stop_token_ids=[self._eos_token_id],
+        )
+        completions = []
+        for output in outputs:
+            ids = list(output.outputs[0].token_ids)
+            logprobs = list(output.outputs[0].logprobs.logprobs)
+            if len(logprobs) != len(ids):
+                raise RuntimeError(f"vLLM returned {len(logprobs)} log-probabilities for {len(ids)} tokens")
+            completions.append(Completion(ids, logprobs, ids[-1] == self._eos_token_id))
+        return completions
+
+    def probe(self, ids: list[int]) -> list[float]:
+        """Scores a fixed sequence; comparing scores tells whether the weights here are those expected.
+
+        Args:
+            ids: at least 2 and less than ``max_model_len`` token ids.
+
+        Returns:
+            ``len(ids) - 1`` natural log-probabilities, of ``ids[i + 1]`` after ``ids[: i + 1]`` at temperature 1.
+
+        Raises:
+            ValueError: if the ids are too few, too many or outside the vocabulary.
+            RuntimeError: if the last ``load_weights`` failed or the reasoner is closed.
+        """
+        if len(ids) < 2:
+            raise ValueError("scoring needs at least two token ids")
+        (output,) = self._run([ids], [0], max_tokens=1, temperature=1.0, prompt_logprobs=0)
+        return list(output.prompt_logprobs.logprobs)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Replaces all weights in place and drops every cached key and value computed with the old ones.
+
+        The weights are read one at a time, on any device, and converted to the engine's dtype. The engine's workers,
+        where they are other processes, read them from a file in shared memory (``/dev/shm``).
+
+        Args:
+            weights: exactly the names of ``reasoner_shapes``, each once.
+
+        Raises:
+            RuntimeError: if a weight of the model was not given, or one given is not the model's. The engine may then
+                hold a mixture and refuses to generate until a load succeeds.
+        """
+        checked = ((name, value.to(self._dtype)) for name, value in checked_weights(weights, self._shapes))
+        self._usable = False
+        try:
+            if self._in_process:
+                self._llm.collective_rpc("load_reasoner_weights", args=(checked,))
+            else:
+                memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
+                with tempfile.TemporaryDirectory(dir=memory) as directory:
+                    file = str(Path(directory) / "weights.safetensors")
+                    save_weights(checked, file)
+                    self._llm.collective_rpc("load_reasoner_weights", args=(file,))
+        finally:
+            self._reset_prefix_cache()
+        self._usable = True
+
+    def _run(self, prompts: list[list[int]], seeds: list[int], *, max_tokens: int, **params: Any) -> list[Any]:
+        """One request for each prompt, in order; ``params`` are further vLLM sampling parameters."""
+        from vllm import SamplingParams, TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
+
+        if not self._usable:
+            raise RuntimeError(
+                "the last load_weights failed, so the weights may be a mixture, or the reasoner is closed"
+            )
+        for ids in prompts:
+            if not ids or min(ids) < 0 or max(ids) >= self._vocab_size:
+                raise ValueError(f"a prompt needs token ids, all from 0 to {self._vocab_size - 1}")
+            if len(ids) + max_tokens > self._max_model_len:
+                raise ValueError(f"{len(ids)} + {max_tokens} tokens exceed max_model_len {self._max_model_len}")
+        # A request served from keys and values of an earlier call differs in the last bits from one that is not.
+        self._reset_prefix_cache()
+        common = {"detokenize": False, "flat_logprobs": True, "ignore_eos": True, "skip_clone": True} | params
+        return self._llm.generate(
+            [TokensPrompt(prompt_token_ids=ids) for ids in prompts],
+            [
+                SamplingParams(max_tokens=max_tokens, seed=seed, output_kind=RequestOutputKind.FINAL_ONLY, **common)
+                for seed in seeds
+            ],
+            use_tqdm=False,
+        )
+
+    def _reset_prefix_cache(self) -> None:
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM did not reset its prefix cache")
