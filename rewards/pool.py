@@ -1,0 +1,112 @@
+"""All rewards of a run: groups go in as object references, a matrix of scores comes out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+
+from common import config
+from common.types import Group, Rewards
+from rewards.replicas import Outcome, Replicas
+from rewards.scorer import check
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores of B groups of G chains.
+
+    total [B, G] float64: the weighted sum, NaN where a scorer of non-zero weight has no score; by_scorer [B, G] fp32 by
+    reward name; components [B, G] fp32 by "reward/column"; errors: chains without a score of some scorer; seconds: from
+    the first group's start to the last score.
+    """
+
+    total: NDArray[np.float64]
+    by_scorer: Mapping[str, NDArray[np.float32]]
+    components: Mapping[str, NDArray[np.float32]]
+    errors: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """A group that is being scored: its number of chains and what each scorer owes."""
+
+    size: int
+    started: float
+    outcomes: tuple[Future[Outcome], ...]
+
+
+class RewardPool:
+    """The actors of every scorer, supervised from the driver, which handles references and scores only."""
+
+    def __init__(self, scorers: tuple[config.Scorer, ...], run_name: str = "") -> None:
+        """Starts the actors, named after the run, and waits until all are up. ConfigError for an unknown reward, bad
+        options or missing files; RuntimeError if the cluster has no room."""
+        check(scorers)
+        self._scorers = scorers
+        self._replicas: list[Replicas] = []
+        try:
+            for scorer in scorers:
+                self._replicas.append(Replicas(scorer, run_name))
+            for replicas in self._replicas:
+                replicas.wait()
+        except BaseException:
+            self.close()
+            raise
+
+    def start(self, group: ray.ObjectRef[Group], size: int) -> Ticket:
+        """Begins to score a group of `size` chains; returns at once. A group that is still being made is waited for
+        by the actor that is to score it, so start groups as they are finished."""
+        return Ticket(size, time.monotonic(), tuple(replicas.submit(group) for replicas in self._replicas))
+
+    def finish(self, tickets: Sequence[Ticket]) -> Scored:
+        """Waits for the scores of groups of equal size, in their order. ValueError for none or unequal ones;
+        RuntimeError if a scorer has lost all its actors for good."""
+        sizes = sorted({ticket.size for ticket in tickets})
+        if len(sizes) != 1:
+            raise ValueError(f"tickets are of groups with {sizes} chains; give at least one, all of the same size")
+        size = sizes[0]
+        outcomes = [[future.result() for future in ticket.outcomes] for ticket in tickets]
+        total = np.zeros((len(tickets), size))
+        failed = np.zeros(total.shape, bool)
+        by_scorer: dict[str, NDArray[np.float32]] = {}
+        components: dict[str, NDArray[np.float32]] = {}
+        for scorer, column in zip(self._scorers, zip(*outcomes, strict=True), strict=True):
+            rewards = [outcome.rewards for outcome in column]
+            if wrong := [len(r.values) for r in rewards if r is not None and len(r.values) != size]:
+                raise ValueError(f"a group was started with size {size} but has {wrong[0]} chains; correct size")
+            values = _stack([r and r.values for r in rewards], size)
+            by_scorer[scorer.name] = values
+            failed |= np.isnan(values)
+            if scorer.weight:
+                total += scorer.weight * values.astype(np.float64)
+            for name in _component_names(rewards):
+                components[f"{scorer.name}/{name}"] = _stack([r and r.components.get(name) for r in rewards], size)
+        last = max(outcome.finished for row in outcomes for outcome in row)
+        seconds = last - min(ticket.started for ticket in tickets)
+        return Scored(total, by_scorer, components, int(failed.sum()), seconds)
+
+    def score(self, groups: Sequence[ray.ObjectRef[Group]], sizes: Sequence[int]) -> Scored:
+        """Scores groups of `sizes` chains: `start` for each, then `finish`."""
+        return self.finish([self.start(group, size) for group, size in zip(groups, sizes, strict=True)])
+
+    def close(self) -> None:
+        """Ends the actors; what is not scored yet is cancelled."""
+        for replicas in self._replicas:
+            replicas.close()
+
+
+def _component_names(rewards: Iterable[Rewards | None]) -> list[str]:
+    return list(dict.fromkeys(name for r in rewards if r is not None for name in r.components))
+
+
+def _stack(rows: Iterable[NDArray[np.float32] | None], size: int) -> NDArray[np.float32]:
+    """Rows [G] -> [B, G] fp32; a missing row is NaN."""
+    blank = np.full(size, np.nan, np.float32)
+    return np.stack([blank if row is None else row for row in rows])

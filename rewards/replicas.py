@@ -1,0 +1,218 @@
+"""The supervised actors of one scorer.
+
+Each replica has a thread on the driver that hands its actor one group at a time. So an idle replica takes the next
+group, a deadline measures scoring and not queueing, and a stuck actor holds up its own group only. The threads see
+object references and scores, never images.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
+
+from common import config
+from common.config import ConfigError
+from common.runtime import thread_env
+from common.types import Group, Rewards
+from rewards.actor import RewardActor
+
+START_TIMEOUT_S = 600.0  # for an actor to be scheduled and built, at first and after a death
+_PING_S = 30.0
+_POLL_S = 0.2
+
+log = logging.getLogger(__name__)
+
+
+def _last(error: RayError) -> str:
+    """The line that says what happened; Ray puts the actor's traceback before it."""
+    return str(error).strip().splitlines()[-1]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a group: its rewards, None if every try failed, and when (time.monotonic)."""
+
+    rewards: Rewards | None
+    finished: float
+
+
+@dataclass(eq=False)
+class _Job:
+    group: ray.ObjectRef[Group]
+    future: Future[Outcome] = field(default_factory=Future)
+    failed_on: list[int] = field(default_factory=list)
+
+
+class Replicas:
+    """Starts a scorer's actors. A failed group goes to another replica first; a dead or stuck actor is restarted."""
+
+    def __init__(self, scorer: config.Scorer, run_name: str = "") -> None:
+        self.scorer = scorer
+        self._prefix = f"{run_name}-reward" if run_name else "reward"
+        self._jobs: deque[_Job] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._broken: RuntimeError | None = None
+        self._actors = [self._start(index) for index in range(scorer.replicas)]
+        self._replicas = set(range(scorer.replicas))  # not given up
+        self._live = set(self._replicas)  # up and serving
+        self._threads = [
+            threading.Thread(target=self._serve, args=(i,), name=self._actor_name(i), daemon=True) for i in self._live
+        ]
+
+    def _actor_name(self, index: int) -> str:
+        return f"{self._prefix}-{self.scorer.name}-{index}"
+
+    def _start(self, index: int) -> Any:
+        actor = ray.remote(RewardActor).options(
+            name=self._actor_name(index),
+            num_cpus=self.scorer.cpus,
+            num_gpus=self.scorer.gpus,
+            resources=self.scorer.custom,
+            max_restarts=-1,
+            max_task_retries=0,
+            runtime_env={"env_vars": thread_env(self.scorer.cpus)},
+        )
+        return actor.remote(self.scorer.name, self.scorer.options)
+
+    def wait(self) -> None:
+        """Blocks until every actor is up, then serves. ConfigError if the scorer cannot be built; RuntimeError if the
+        cluster does not start the actors in time."""
+        name = self.scorer.name
+        try:
+            ray.get([actor.ping.remote() for actor in self._actors], timeout=START_TIMEOUT_S)
+        except GetTimeoutError as error:
+            raise RuntimeError(
+                f"reward {name}: {self.scorer.replicas} actors, each with {self.scorer.cpus} CPUs and "
+                f"{self.scorer.gpus} GPUs, did not start within {START_TIMEOUT_S:.0f} s; ask for less or enlarge the "
+                "cluster"
+            ) from error
+        except RayActorError as error:
+            raise ConfigError(f"reward {name} cannot be built: {_last(error)}") from error
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, group: ray.ObjectRef[Group]) -> Future[Outcome]:
+        """Queues a group. The future fails with RuntimeError only when no replica is left."""
+        job = _Job(group)
+        with self._changed:
+            if self._broken is not None:
+                raise self._broken
+            self._jobs.append(job)
+            self._changed.notify_all()
+        return job.future
+
+    def close(self) -> None:
+        """Ends the actors; groups not scored yet are cancelled."""
+        with self._changed:
+            self._closed = True
+            for job in self._jobs:
+                job.future.cancel()
+            self._jobs.clear()
+            self._changed.notify_all()
+        for actor in self._actors:
+            ray.kill(actor)
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join(_PING_S)
+
+    def _serve(self, index: int) -> None:
+        while (job := self._take(index)) is not None:
+            try:
+                lost = self._score(index, job)
+            except Exception as error:  # this thread's end would go unheard; whoever waits for the score must hear it
+                job.future.set_exception(error)
+                self._give_up(index, f"{type(error).__name__}: {error}")
+            else:
+                if lost:
+                    self._rejoin(index)
+
+    def _score(self, index: int, job: _Job) -> bool:
+        """One try. Returns whether the actor was lost over it."""
+        while not ray.wait([job.group], timeout=_POLL_S, fetch_local=False)[0]:
+            if self._closed:
+                job.future.cancel()
+                return False
+        actor = self._actors[index]
+        try:
+            rewards: Rewards = ray.get(actor.score.remote(job.group), timeout=self.scorer.deadline_s)
+        except RayError as error:  # recovered from: tried again, in the end masked
+            if isinstance(error, GetTimeoutError) and not self._closed:
+                ray.kill(actor, no_restart=False)
+            return self._fail(index, job, error)
+        job.future.set_result(Outcome(rewards, time.monotonic()))
+        return False
+
+    def _take(self, index: int) -> _Job | None:
+        """Waits for the first group that has not failed here, or has failed on every live replica. None: stop."""
+        with self._changed:
+            while not self._closed and index in self._replicas:
+                for job in self._jobs:
+                    if index not in job.failed_on or self._live <= set(job.failed_on):
+                        self._jobs.remove(job)
+                        return job
+                self._changed.wait()
+            return None
+
+    def _fail(self, index: int, job: _Job, error: RayError) -> bool:
+        lost = isinstance(error, GetTimeoutError | RayActorError)
+        with self._changed:
+            if self._closed:
+                job.future.cancel()
+                return False
+            if lost:
+                self._live.discard(index)
+            job.failed_on.append(index)
+            final = len(job.failed_on) > self.scorer.retries
+            if not final:
+                self._jobs.appendleft(job)
+            self._changed.notify_all()
+        if final:
+            why = (
+                f"no score within {self.scorer.deadline_s:g} s" if isinstance(error, GetTimeoutError) else _last(error)
+            )
+            log.warning("%s: a group is masked after %d tries: %s", self._actor_name(index), len(job.failed_on), why)
+            job.future.set_result(Outcome(None, time.monotonic()))
+        return lost
+
+    def _rejoin(self, index: int) -> None:
+        """Waits for Ray to restart the actor, which serves again; a replica that does not come back is given up."""
+        give_up = time.monotonic() + START_TIMEOUT_S
+        problem = f"not restarted within {START_TIMEOUT_S:.0f} s"
+        while time.monotonic() < give_up:
+            try:
+                ray.get(self._actors[index].ping.remote(), timeout=_PING_S)
+            except RayError as error:  # recovered from: Ray is still restarting it
+                if isinstance(error, RayActorError) and error.actor_init_failed:
+                    problem = _last(error)
+                    break
+            else:
+                with self._changed:
+                    self._live.add(index)
+                    self._changed.notify_all()
+                return
+            with self._changed:
+                if self._closed or self._changed.wait_for(lambda: self._closed, _POLL_S):
+                    return
+        self._give_up(index, problem)
+
+    def _give_up(self, index: int, problem: str) -> None:
+        log.error("%s is given up: %s", self._actor_name(index), problem)
+        with self._changed:
+            self._replicas.discard(index)
+            self._live.discard(index)
+            self._changed.notify_all()
+            if self._replicas:
+                return
+            self._broken = RuntimeError(f"reward {self.scorer.name} has no actor left; the last one: {problem}")
+            for job in self._jobs:
+                job.future.set_exception(self._broken)
+            self._jobs.clear()

@@ -1,0 +1,69 @@
+"""Scorers that fail on request. A prompt's metadata says how; the value of an image is its first byte."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.config import Section
+from common.types import Prompt
+from rewards.scorer import Scorer, ScorerOutput
+
+
+class FirstByte(Scorer):
+    """Well-behaved, with one component, and a pause where metadata asks for it."""
+
+    def __init__(self, options: Section) -> None:
+        pass
+
+    def score(self, images: NDArray[np.uint8], prompts: list[Prompt]) -> ScorerOutput:
+        time.sleep(prompts[0].metadata.get("sleep", 0))
+        values = images[:, 0, 0, 0].astype(np.float32)
+        return ScorerOutput(values, {"pid": np.full(len(values), os.getpid(), np.float32)})
+
+
+class Faulty(FirstByte):
+    """Does what metadata["do"] says: raise, hang, die once (leaving the file metadata["mark"]), be nan or skip."""
+
+    def score(self, images: NDArray[np.uint8], prompts: list[Prompt]) -> ScorerOutput:
+        metadata = prompts[0].metadata
+        output = super().score(images, prompts)
+        match metadata.get("do"):
+            case "raise":
+                raise RuntimeError("asked to raise")
+            case "hang":
+                time.sleep(3600)
+            case "die" if not Path(metadata["mark"]).exists():
+                Path(metadata["mark"]).touch()
+                os._exit(1)
+            case "nan":
+                output.values[0] = np.nan
+            case "skip":
+                return ScorerOutput(output.values, unscorable=(1,))
+        return output
+
+
+class Unbuildable(FirstByte):
+    """Misses something it needs."""
+
+    def __init__(self, options: Section) -> None:
+        raise FileNotFoundError("no weights at /nowhere")
+
+
+class BuildsOnceOptions(Section):
+    """Where to leave the mark of the first build."""
+
+    mark: str
+
+
+class BuildsOnce(Faulty):
+    """Cannot be built again after a restart."""
+
+    options_model = BuildsOnceOptions
+
+    def __init__(self, options: BuildsOnceOptions) -> None:
+        Path(options.mark).touch(exist_ok=False)
