@@ -1,0 +1,165 @@
+"""One learner rank: DeepSpeed around the policy, updates, published weights, checkpoints."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from numpy.typing import NDArray
+
+from common import flow
+from common.advantage import group_advantages
+from common.bagel import checkpoint as store
+from common.config import TrainConfig, resolve_path
+from common.records import write_groups
+from common.types import Group, WeightManifest
+from common.weights import pack
+from learner import checkpoint as run_checkpoint
+from learner.engine import Engine, init_process_group
+from learner.update import Updater, lay_out, metrics_of, share_out
+
+
+class LearnerRank:
+    """Holds one shard of the optimizer. Every public method is called on all ranks together."""
+
+    def __init__(self, config: TrainConfig, rank: int, address: str, resume: str | None) -> None:
+        """address: host:port of rank 0's rendezvous; resume: a checkpoint directory of this run, or None."""
+        self.config, self.rank, self.ranks = config, rank, config.learner.ranks
+        init_process_group(rank, self.ranks, address, config.learner.deadline_s)
+        torch.manual_seed(config.seed)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = device
+        initial = resolve_path(config.model.path)
+        # ZeRO keeps a full copy of the weights on every rank and fills it from the module it is given.
+        self.checkpoint = store.load(Path(resume) / "policy" if resume else initial, torch.float32, device)
+        policy, o = self.checkpoint.policy, config.objective
+        self.reference = None
+        if o.velocity_mse or o.text_kl:
+            # The checkpoint the run started from. Its parameters keep requires_grad although nothing trains them:
+            # torch picks other kernels without it, and the distance of equal weights must be exactly 0.
+            self.reference = store.load(initial, getattr(torch, config.learner.dtype), device).policy.eval()
+        rows, cols = self.checkpoint.config.grid(config.model.height, config.model.width)
+        clip = o.image_clip
+        if clip == "scaled":
+            clip = flow.scaled_image_clip(rows * cols * self.checkpoint.config.token_dim)
+        groups = policy.parameter_groups()
+        self.rates = {
+            "reasoning": config.optimizer.lr_reasoning,
+            "denoising": config.optimizer.lr_denoising,
+        }
+        self.named = [pair for pairs in groups.values() for pair in pairs]
+        self.engine = Engine(
+            policy,
+            {name: ([p for _, p in groups[name]], rate) for name, rate in self.rates.items()},
+            zero_stage=config.learner.zero_stage,
+            dtype=config.learner.dtype,
+            betas=config.optimizer.betas,
+            weight_decay=config.optimizer.weight_decay,
+            grad_clip=config.optimizer.grad_clip,
+        )
+        self.updater = Updater(self.engine, self.reference, config, clip, self.ranks)
+        self.version = 0
+        if resume:
+            self._resume(Path(resume))
+
+    def _resume(self, directory: Path) -> None:
+        state = run_checkpoint.verify(directory)
+        self.engine.load_state(self.named, run_checkpoint.read_optimizer(directory), state["optimizer_steps"])
+        self.version = state["weights_version"]
+
+    def sees(self, path: str) -> bool:
+        """Whether a path of the driver exists on this node too."""
+        return Path(path).exists()
+
+    def ping(self) -> int:
+        """The version this rank holds."""
+        return self.version
+
+    def update(self, step: int, refs: list[ray.ObjectRef], rewards: NDArray[np.float64]) -> dict[str, float]:
+        """One joint update from all groups of a step (rewards [B, G], NaN where unscored); metrics of all ranks.
+
+        A rank fetches only the groups it has chains of. Without any contributing chain nothing changes.
+        """
+        o = self.config.objective
+        advantages = group_advantages(rewards, std=o.advantage_std, clip=o.advantage_clip)
+        share = share_out(
+            advantages.mask, self.rank, self.ranks, o.minibatches, self.config.learner.chains_per_micro_batch
+        )
+        self.engine.set_learning_rates(self.config.optimizer.learning_rate_factor(step, self.config.steps), self.rates)
+        wanted = sorted({b for mini in share.pieces for micro in mini for b, _, _ in micro})
+        groups: dict[int, Group] = dict(zip(wanted, ray.get([refs[b] for b in wanted]), strict=True))
+        minibatches = [
+            [
+                lay_out(
+                    [groups[b].chains[g] for b, g, _ in micro],
+                    [float(advantages.values[b, g]) for b, g, _ in micro],
+                    [weight for *_, weight in micro],
+                    self.checkpoint.chat,
+                    self.version,
+                    self.device,
+                )
+                for micro in mini
+            ]
+            for mini in share.pieces
+        ]
+        started = time.monotonic()
+        sums = self.updater.run(minibatches, share.total)
+        compute = time.monotonic() - started
+        metrics = metrics_of(self._over_ranks(sums))
+        if metrics["loss/nonfinite"] == 0 and any(share.total):
+            self.version += 1
+        return {
+            **metrics,
+            "advantage/abs_mean": float(
+                np.abs(advantages.values[advantages.mask]).mean() if advantages.mask.any() else 0
+            ),
+            "reward/zero_variance_groups": float(advantages.zero_variance_groups),
+            "reward/masked_chains": float(advantages.unscored_chains),
+            "weights/version": float(self.version),
+            "time/update_math_s": compute,
+        }
+
+    def _over_ranks(self, sums: dict[str, float]) -> dict[str, float]:
+        """Adds up chains over ranks; what every rank has alike (steps, norms) counts once."""
+        alike = ("count/step", "sum/grad_norm", "sum/nonfinite")
+        keys = sorted(
+            {"count/chain", "count/token", "count/window", "count/step", "sum/nonfinite"}
+            | {f"sum/grad_norm/{name}" for name in self.rates}
+            | {f"sum/text/{k}" for k in ("ratio", "clipped", "logprob_diff", "entropy")}
+            | {f"sum/image/{k}" for k in ("ratio", "log_ratio_abs", "clipped", "velocity_mse", "velocity_diff")}
+        )
+        values = torch.tensor([sums.get(key, 0.0) for key in keys], dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(values)
+        return {k: v / self.ranks if k.startswith(alike) else v for k, v in zip(keys, values.tolist(), strict=True)}
+
+    def publish(self) -> tuple[WeightManifest, NDArray[np.uint8]] | tuple[None, None]:
+        """Rank 0: the current version as manifest and bytes, in the rollout's compute type."""
+        if self.rank:
+            return None, None
+        dtype = getattr(torch, self.config.rollout.dtype)
+        return pack(((name, p) for name, p in self.named), self.version, dtype)
+
+    def record(
+        self, path: str, refs: list[ray.ObjectRef], rewards: NDArray[np.float64], by_scorer: dict[str, NDArray]
+    ) -> None:
+        """Rank 0 writes a step's groups as Parquet."""
+        if self.rank == 0:
+            o = self.config.objective
+            advantages = group_advantages(rewards, std=o.advantage_std, clip=o.advantage_clip)
+            write_groups(
+                Path(path), ray.get(refs), rewards, by_scorer, advantages.values, self.config.recording.latents
+            )
+
+    def save(self, directory: str, state: dict[str, Any]) -> None:
+        """Writes a run checkpoint (collective); state is the driver's part of state.json."""
+        optimizer = self.engine.state(self.named)
+        if self.rank == 0:
+            own = {"weights_version": self.version, "optimizer_steps": self.engine.steps}
+            run_checkpoint.write(
+                Path(directory), self.checkpoint, optimizer, {**state, **own}, self.config.checkpoints.keep
+            )
+        torch.distributed.barrier()

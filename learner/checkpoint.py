@@ -1,0 +1,80 @@
+"""Run checkpoints: everything --resume needs, written aside and renamed, verified by checksum when read.
+
+`checkpoints/step-000020/` holds `policy/` (the released layout, usable by every command), `optimizer.safetensors`
+(fp32 masters and Adam moments by parameter name, independent of rank count and ZeRO stage), `state.json`, and
+`manifest.json` with the SHA-256 of every file. A directory without a manifest is not a checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from common.bagel import checkpoint as store
+from common.bagel.config import CheckpointError, read_json
+
+log = logging.getLogger(__name__)
+MANIFEST = "manifest.json"
+
+
+def write(
+    directory: Path, policy: store.Checkpoint, optimizer: dict[str, Tensor], state: dict[str, Any], keep: int
+) -> None:
+    """Writes one checkpoint and removes all but the newest `keep` of its siblings."""
+    aside = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    # Masters rather than compute weights: a bf16 policy is saved without rounding.
+    masters = {k.removeprefix("master."): v for k, v in optimizer.items() if k.startswith("master.")}
+    store.save(policy, aside / "policy", {**policy.policy.state_dict(), **masters})
+    save_file(optimizer, aside / "optimizer.safetensors")
+    (aside / "state.json").write_text(json.dumps(state, indent=2))
+    files = sorted(p for p in aside.rglob("*") if p.is_file())
+    manifest = {str(p.relative_to(aside)): _digest(p) for p in files}
+    (aside / MANIFEST).write_text(json.dumps(manifest, indent=2))
+    if directory.exists():
+        shutil.rmtree(directory)
+    aside.rename(directory)
+    siblings = (p for p in directory.parent.glob("step-*") if p.suffix != aside.suffix)
+    whole = sorted(p for p in siblings if (p / MANIFEST).exists())
+    for old in whole[:-keep]:
+        shutil.rmtree(old)
+
+
+def verify(directory: Path) -> dict[str, Any]:
+    """Checks every file against the manifest and returns state.json. CheckpointError naming the file that differs."""
+    manifest = read_json(directory / MANIFEST)
+    for name, digest in manifest.items():
+        path = directory / name
+        if not path.exists() or _digest(path) != digest:
+            raise CheckpointError(f"{path} is missing or damaged; resume from an earlier checkpoint")
+    return read_json(directory / "state.json")
+
+
+def newest_whole(directory: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint under `directory` whose files are all as written, with its state; damaged ones are
+    passed over with a warning. None if there is none."""
+    for candidate in sorted((p for p in directory.glob("step-*") if p.suffix != ".partial"), reverse=True):
+        if (candidate / MANIFEST).exists():
+            try:
+                return candidate, verify(candidate)
+            except CheckpointError as error:
+                log.warning("%s; going on from the one before", error)
+    return None
+
+
+def read_optimizer(directory: Path) -> dict[str, Tensor]:
+    """fp32 masters and moments by name."""
+    return store.read_tensors(directory / "optimizer.safetensors")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

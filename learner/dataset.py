@@ -1,0 +1,74 @@
+"""Supervised examples: drawn from the shapes task, or read from a Parquet file of prompt, reasoning and image."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+
+from common.bagel.checkpoint import Checkpoint
+from common.bagel.policy import pixels_to_tokens
+from common.shapes import prompts as shapes_prompts
+from common.shapes.scene import render
+from common.shapes.supervised import example
+from learner.sft import Examples
+
+Pair = tuple[str, str, np.ndarray]
+"""Prompt, reasoning, image uint8 [H, W, 3]."""
+
+
+def shapes_pairs(count: int, seed: int) -> list[Pair]:
+    """Examples of the careless annotator on the training prompts, every tag equally often."""
+    rng = np.random.default_rng(seed)
+    by_tag: dict[str, list[dict]] = {}
+    for record in shapes_prompts.load(shapes_prompts.DATA / "train.jsonl"):
+        by_tag.setdefault(record["tag"], []).append(record)
+    # Riddles have many phrases to learn, so they get the share of two tags.
+    tags = [*by_tag, "reasoning"]
+    pairs = []
+    for k in range(count):
+        pool = by_tag[tags[k % len(tags)]]
+        record = pool[rng.integers(len(pool))]
+        reasoning, scene = example(record, rng)
+        pairs.append((record["prompt"], reasoning, render(scene, rng)))
+    return pairs
+
+
+def parquet_pairs(path: Path, height: int, width: int) -> list[Pair]:
+    """Rows with columns prompt, reasoning and image (PNG or JPEG bytes), resized to the training size.
+
+    ValueError naming the file and the column or row that cannot be used.
+    """
+    table = pq.read_table(path)
+    for column in ("prompt", "reasoning", "image"):
+        if column not in table.column_names:
+            raise ValueError(f"{path}: column {column} is missing (it has {', '.join(table.column_names)})")
+    pairs = []
+    for number, row in enumerate(table.to_pylist()):
+        try:
+            image = Image.open(io.BytesIO(row["image"])).convert("RGB")
+        except (OSError, TypeError) as error:
+            raise ValueError(f"{path}: row {number}: image cannot be read ({error})") from error
+        pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+        pairs.append((row["prompt"], row["reasoning"], pixels))
+    return pairs
+
+
+@torch.no_grad()
+def encode_pairs(pairs: list[Pair], checkpoint: Checkpoint, system_prompt: str, batch: int = 64) -> Examples:
+    """Token ids and clean latents of every pair (computed once; the set stays in memory)."""
+    chat = checkpoint.chat
+    texts, scored = [], []
+    for prompt, reasoning, _ in pairs:
+        head = chat.prompt_ids(prompt, system_prompt)
+        text = [*head, *chat.encode(reasoning), chat.end]
+        texts.append(text)
+        scored.append((len(head), len(text)))
+    chunks = [np.stack([image for *_, image in pairs[i : i + batch]]) for i in range(0, len(pairs), batch)]
+    latents = [pixels_to_tokens(checkpoint.vae, checkpoint.config, torch.from_numpy(chunk)) for chunk in chunks]
+    height, width = pairs[0][2].shape[:2]
+    return Examples(texts, scored, torch.cat(latents), checkpoint.config.grid(height, width))

@@ -1,0 +1,125 @@
+"""The learner as the training loop sees it: all ranks, called together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+from ray.exceptions import GetTimeoutError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from common.config import ConfigError, TrainConfig
+from common.runtime import free_port, thread_env
+from common.types import WeightManifest
+from learner.actor import LearnerRank
+
+
+class LearnerError(RuntimeError):
+    """An update or collective that did not finish."""
+
+
+class NonFiniteError(LearnerError):
+    """A loss or gradient was NaN or infinite and the configuration says to stop."""
+
+
+@ray.remote(num_cpus=0)
+def rendezvous() -> str:
+    """host:port for rank 0 to listen on; runs on rank 0's node, which the driver does not know."""
+    return f"{ray.util.get_node_ip_address()}:{free_port()}"
+
+
+def reserve(ranks: int, resources: dict[str, float]) -> PlacementGroup:
+    """Room for all ranks or none, on as few nodes as possible."""
+    # A bundle may not be empty, and an actor may ask for nothing.
+    bundle = {name: amount for name, amount in resources.items() if amount} or {"CPU": 0.001}
+    return placement_group([bundle] * ranks, strategy="PACK")
+
+
+class LearnerGroup:
+    """Starts one actor per rank and calls them in step."""
+
+    def __init__(self, config: TrainConfig, resume: Path | None = None) -> None:
+        self.config = config
+        resources = config.learner
+        self._room = reserve(resources.ranks, {"CPU": resources.cpus, "GPU": resources.gpus, **resources.custom})
+        place = [PlacementGroupSchedulingStrategy(self._room, rank) for rank in range(resources.ranks)]
+        self._address = rendezvous.options(scheduling_strategy=place[0]).remote()
+        self.ranks: list[Any] = [
+            ray.remote(LearnerRank)
+            .options(
+                name=f"{config.run_name}-learner-{rank}",
+                num_cpus=resources.cpus,
+                num_gpus=resources.gpus,
+                resources=resources.custom,
+                scheduling_strategy=place[rank],
+                runtime_env={"env_vars": thread_env(resources.cpus)},
+            )
+            .remote(config, rank, self._address, str(resume) if resume else None)
+            for rank in range(resources.ranks)
+        ]
+
+    def _all(self, method: str, *args: Any) -> list[Any]:
+        refs = [getattr(rank, method).remote(*args) for rank in self.ranks]
+        try:
+            return ray.get(refs, timeout=self.config.learner.deadline_s)
+        except GetTimeoutError as error:
+            raise LearnerError(
+                f"learner {method} did not finish within {self.config.learner.deadline_s:.0f} s (learner.deadline_s)"
+            ) from error
+
+    def wait_ready(self) -> int:
+        """Blocks until all ranks are built; the version they hold. ConfigError if rank 0's machine has no free port;
+        LearnerError after the deadline."""
+        try:
+            ray.get(self._address, timeout=self.config.learner.deadline_s)
+        except RayTaskError as error:
+            raise error.cause from error
+        except GetTimeoutError as error:
+            raise LearnerError(
+                f"the cluster made no room for {self.config.learner.ranks} learner ranks within "
+                f"{self.config.learner.deadline_s:.0f} s (learner.deadline_s)"
+            ) from error
+        return int(self._all("ping")[0])
+
+    def check_sees(self, path: Path) -> None:
+        """ConfigError if rank 0, which writes checkpoints and rollouts, does not find what the driver has written."""
+        if not ray.get(self.ranks[0].sees.remote(str(path)), timeout=self.config.learner.deadline_s):
+            raise ConfigError(
+                f"{path}, which the driver has written, does not exist on the learner's node; give a runs_dir that all "
+                "nodes share, or set UNIGRPO_HOME to a directory that they share"
+            )
+
+    def update(self, step: int, groups: list[ray.ObjectRef], rewards: NDArray[np.float64]) -> dict[str, float]:
+        """One joint update; rewards [B, G]. NonFiniteError if it went wrong and on_nonfinite is stop."""
+        metrics: dict[str, float] = self._all("update", step, groups, rewards)[0]
+        if metrics["loss/nonfinite"] and self.config.on_nonfinite == "stop":
+            raise NonFiniteError(
+                f"step {step}: the gradient is NaN or infinite; the weights were left as they were. "
+                "Lower the learning rates, or set on_nonfinite=skip to drop such updates"
+            )
+        return metrics
+
+    def publish(self) -> tuple[WeightManifest, ray.ObjectRef]:
+        """The current weights: manifest, and a reference to their bytes that the driver never opens."""
+        manifest, buffer = self.ranks[0].publish.options(num_returns=2).remote()
+        return ray.get(manifest, timeout=self.config.learner.deadline_s), buffer
+
+    def record(
+        self, path: Path, groups: list[ray.ObjectRef], rewards: NDArray[np.float64], by_scorer: dict[str, NDArray]
+    ) -> None:
+        """Writes a step's groups as Parquet (rank 0, in the background of the next rollout)."""
+        self.ranks[0].record.remote(str(path), groups, rewards, by_scorer)
+
+    def save(self, directory: Path, state: dict[str, Any]) -> None:
+        """Writes a checkpoint."""
+        self._all("save", str(directory), state)
+
+    def close(self) -> None:
+        """Ends every rank."""
+        for rank in self.ranks:
+            ray.kill(rank)
+        remove_placement_group(self._room)

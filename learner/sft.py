@@ -1,0 +1,112 @@
+"""Supervised fine-tuning: next-token loss on the reasoning, flow matching on the image, one joint update.
+
+The image of an example is noised several times per step and every copy attends to the same text, so the text is read
+once: the same packed forward as in the RL update.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.bagel.policy import BagelPolicy, PolicyOutput, pack_batch
+from learner.engine import Engine
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A supervised set held in memory.
+
+    texts: token lists (prompt chunk + reasoning, closed by <|im_end|>); scored: (first, end) of each reasoning;
+    latents [E, N, D] fp32 clean latent tokens; grid (rows, cols).
+    """
+
+    texts: list[list[int]]
+    scored: list[tuple[int, int]]
+    latents: Tensor
+    grid: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast: optimizer steps, texts per step and rank, noised copies of each image, learning rate
+    with linear warm-up and cosine decay, weight averaging, timestep shift, weight of the text loss, saving interval."""
+
+    steps: int
+    batch: int
+    copies: int
+    lr: float
+    warmup: int
+    ema_decay: float
+    shift: float
+    text_weight: float
+    save_every: int
+
+
+def learning_rate_factor(step: int, schedule: Schedule) -> float:
+    """Linear warm-up, then cosine to 2 %."""
+    if step < schedule.warmup:
+        return (step + 1) / schedule.warmup
+    done = (step - schedule.warmup) / max(1, schedule.steps - schedule.warmup)
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def losses(output: PolicyOutput, target: Tensor, text_weight: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(total, next-token, flow-matching): mean negative log-prob per token; mean squared velocity error."""
+    text, image = -output.logprobs.mean(), F.mse_loss(output.velocity, target)
+    return text_weight * text + image, text, image
+
+
+def train(
+    engine: Engine,
+    examples: Examples,
+    schedule: Schedule,
+    seed: int,
+    report: Callable[[dict[str, float]], None],
+    save: Callable[[int, dict[str, Tensor]], None],
+) -> None:
+    """Runs the schedule on this rank; examples are this rank's own. `save(step, averaged weights)` is called every
+    `save_every` steps and at the end; the weights are the same on every rank."""
+    policy = engine.module
+    assert isinstance(policy, BagelPolicy)
+    random = np.random.default_rng(seed)
+    noise = torch.Generator().manual_seed(seed)
+    averaged = {k: v.detach().float().clone() for k, v in policy.state_dict().items()}
+    started = time.monotonic()
+    for step in range(schedule.steps):
+        engine.set_learning_rates(learning_rate_factor(step, schedule), dict.fromkeys(engine.names, schedule.lr))
+        chosen = random.choice(len(examples.texts), schedule.batch, replace=False)
+        owner = torch.arange(schedule.batch).repeat_interleave(schedule.copies)
+        clean = examples.latents[torch.from_numpy(chosen)][owner]
+        t = torch.rand(len(owner), generator=noise)
+        t = schedule.shift * t / (1 + (schedule.shift - 1) * t)
+        eps = torch.randn(clean.shape, generator=noise)
+        x_t = (1 - t[:, None, None]) * clean + t[:, None, None] * eps
+        batch = pack_batch(
+            [examples.texts[i] for i in chosen], [examples.scored[i] for i in chosen], x_t, t, owner, examples.grid
+        )
+        total, text, image = losses(engine.engine(batch), eps - clean, schedule.text_weight)
+        engine.backward(total, last=True)
+        norms = engine.step()
+        decay = min(schedule.ema_decay, (step + 1) / (step + 10))
+        with torch.no_grad():
+            for name, tensor in policy.state_dict().items():
+                averaged[name].lerp_(tensor.float(), 1 - decay)
+        report(
+            {
+                "step": step + 1,
+                "loss/text": text.item(),
+                "loss/image": image.item(),
+                "skipped": float(norms is None),
+                "time/elapsed_s": time.monotonic() - started,
+            }
+        )
+        if (step + 1) % schedule.save_every == 0 or step + 1 == schedule.steps:
+            save(step + 1, averaged)

@@ -1,0 +1,254 @@
+"""One joint update: advantages shared by both halves of a chain, one packed forward, one optimizer step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from common import flow
+from common.bagel.policy import BagelPolicy, PackedBatch, PolicyOutput, pack_batch
+from common.bagel.text import ChatTokenizer
+from common.config import TrainConfig
+from common.types import Chain
+from learner import objective
+from learner.engine import Engine
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """C chains laid out for one forward. M = C * K images, P scored tokens.
+
+    packed: texts and images; advantage [C]; weight [C] 1 or 0 (a chain that only keeps ranks in step); token_owner
+    [P] the chain of each token; behaviour [P] the rollout's log-probs; x_next, v_old [M, N, D]; t, t_next [M];
+    on_policy: made by the very weights that are being updated.
+    """
+
+    packed: PackedBatch
+    advantage: Tensor
+    weight: Tensor
+    token_owner: Tensor
+    behaviour: Tensor
+    x_next: Tensor
+    v_old: Tensor
+    t_next: Tensor
+    window: int
+    on_policy: bool
+
+    @property
+    def chains(self) -> int:
+        return len(self.advantage)
+
+
+@dataclass(frozen=True)
+class OldPolicy:
+    """What the ratio is taken against: log-probs [P] and velocities [M, N, D]."""
+
+    logprobs: Tensor
+    velocity: Tensor
+
+
+def lay_out(
+    chains: list[Chain], advantages: list[float], weights: list[float], chat: ChatTokenizer, version: int, device: str
+) -> MicroBatch:
+    """Chains -> tensors of one forward."""
+    texts, scored, behaviour, owner = [], [], [], []
+    for number, chain in enumerate(chains):
+        prompt, ids = chain.text.prompt_ids.tolist(), chain.text.ids.tolist()
+        texts.append(chat.context_ids(prompt, ids))
+        scored.append((len(prompt), len(prompt) + len(ids)))
+        behaviour.append(chain.text.logprobs)
+        owner += [number] * len(ids)
+    window = len(chains[0].image.t)
+
+    def stack(name: str) -> Tensor:
+        return torch.from_numpy(np.concatenate([getattr(chain.image, name) for chain in chains])).to(device)
+
+    image_owner = torch.arange(len(chains), device=device).repeat_interleave(window)
+    packed = pack_batch(texts, scored, stack("x_t"), stack("t"), image_owner, chains[0].image.grid)
+    return MicroBatch(
+        packed,
+        torch.tensor(advantages, dtype=torch.float32, device=device),
+        torch.tensor(weights, dtype=torch.float32, device=device),
+        torch.tensor(owner, device=device),
+        torch.from_numpy(np.concatenate(behaviour)).to(device),
+        stack("x_next"),
+        stack("v_old"),
+        stack("t_next"),
+        window,
+        all(chain.text.version == chain.image.version == version for chain in chains),
+    )
+
+
+@dataclass(frozen=True)
+class Share:
+    """The chains of one rank: (group, chain) pairs by minibatch and micro-batch; weight 0 where a pair only keeps the
+    ranks' number of forwards equal; total: contributing chains of all ranks by minibatch."""
+
+    pieces: list[list[list[tuple[int, int, float]]]]
+    total: list[int]
+
+
+def share_out(mask: NDArray[np.bool_], rank: int, ranks: int, minibatches: int, micro: int) -> Share:
+    """Deals the contributing chains (mask [B, G]) in order: equal runs per minibatch, then per rank, then cut into
+    micro-batches. Every rank gets the same number of micro-batches, since each one is a collective."""
+    pairs = [(int(b), int(g)) for b, g in zip(*np.nonzero(mask), strict=True)]
+    pieces, total = [], []
+    for part in np.array_split(np.arange(len(pairs)), minibatches):
+        runs = np.array_split(part, ranks)
+        forwards = max(1, math.ceil(len(runs[0]) / micro)) if len(part) else 0
+        mine = [(*pairs[i], 1.0) for i in runs[rank]]
+        if len(part) and len(mine) < forwards:
+            mine += [(*pairs[part[0]], 0.0)] * (forwards - len(mine))
+        cuts = np.array_split(np.arange(len(mine)), forwards) if forwards else []
+        pieces.append([[mine[i] for i in cut] for cut in cuts])
+        total.append(len(part))
+    return Share(pieces, total)
+
+
+class Updater:
+    """Turns chains with advantages into one or more optimizer steps and the metrics of the step."""
+
+    def __init__(
+        self, engine: Engine, reference: BagelPolicy | None, config: TrainConfig, image_clip: float, ranks: int
+    ) -> None:
+        self.engine, self.reference, self.config = engine, reference, config
+        self.image_clip, self.ranks = image_clip, ranks
+
+    def run(self, minibatches: list[list[MicroBatch]], totals: list[int]) -> dict[str, float]:
+        """epochs x minibatches optimizer steps. totals: contributing chains of all ranks per minibatch.
+
+        Returns sums over this rank's chains and steps, keys "sum/..." and "count/..."; the caller adds up ranks.
+        """
+        objective_config = self.config.objective
+        steps = objective_config.epochs * len(minibatches)
+        reference = [[self._reference(micro) for micro in mini] for mini in minibatches]
+        # With a single optimizer step the weights of the forward are the old policy: detaching it is exact.
+        old = [
+            [self._old(micro) if steps > 1 or not micro.on_policy else None for micro in mini] for mini in minibatches
+        ]
+        sums: dict[str, float] = {}
+        for _ in range(objective_config.epochs):
+            for mini, olds, references, total in zip(minibatches, old, reference, totals, strict=True):
+                for position, (micro, before, ref) in enumerate(zip(mini, olds, references, strict=True)):
+                    loss, stats = self._loss(micro, before, ref, total)
+                    self.engine.backward(loss, last=position == len(mini) - 1)
+                    _add(sums, stats)
+                if mini:
+                    _add(sums, self._step())
+        return sums
+
+    def _forward(self, module: Callable[..., PolicyOutput], micro: MicroBatch) -> PolicyOutput:
+        return module(micro.packed, self.config.objective.image_grad_to_reasoning, self.config.sampling.temperature)
+
+    @torch.no_grad()
+    def _old(self, micro: MicroBatch) -> OldPolicy:
+        """On-policy chains are recomputed here, with the kernels and shapes of the gradient pass; stale ones keep
+        what their behaviour policy recorded."""
+        if not micro.on_policy:
+            return OldPolicy(micro.behaviour, micro.v_old)
+        output = self._forward(self.engine.module, micro)
+        return OldPolicy(output.logprobs, output.velocity)
+
+    @torch.no_grad()
+    def _reference(self, micro: MicroBatch) -> PolicyOutput | None:
+        """The reference reads the text itself: its images attend to keys and values of reference weights."""
+        return self._forward(self.reference, micro) if self.reference is not None else None
+
+    def _step(self) -> dict[str, float]:
+        norms = self.engine.step()
+        if norms is None:
+            return {"sum/nonfinite": 1.0}
+        return {"count/step": 1.0, **{f"sum/grad_norm/{name}": norm for name, norm in norms.items()}}
+
+    def _loss(
+        self, micro: MicroBatch, old: OldPolicy | None, reference: PolicyOutput | None, total: int
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The loss of one micro-batch, scaled so that the average over ranks is the mean over all chains."""
+        o, chains = self.config.objective, micro.chains
+        output = self._forward(self.engine.engine, micro)
+        old = old or OldPolicy(output.logprobs.detach(), output.velocity.detach())
+
+        text = objective.text_objective(
+            output.logprobs, old.logprobs, micro.advantage, micro.token_owner, chains, o.text_clip_low, o.text_clip_high
+        )
+        coefficients = flow.sde_step(micro.packed.t, micro.t_next, self.config.sampling.noise_level)
+        mean = flow.mean_of(coefficients, micro.packed.x_t, output.velocity)
+        mean_old = flow.mean_of(coefficients, micro.packed.x_t, old.velocity)
+        ratio = flow.ratio_norm_log if o.ratio_norm else flow.plain_log_ratio
+        log_ratio = ratio(micro.x_next, mean_old, mean, coefficients.std).view(chains, micro.window)
+        image = objective.image_objective(log_ratio, micro.advantage, self.image_clip)
+
+        per_chain = o.text_weight * text.loss + o.image_weight * image.loss
+        mse = torch.zeros(chains, device=per_chain.device)
+        if reference is not None:
+            shape = (chains, micro.window, *output.velocity.shape[1:])
+            mse = objective.velocity_mse(output.velocity.view(shape), reference.velocity.view(shape)).mean(1)
+            per_chain = per_chain + o.velocity_mse * mse
+            if o.text_kl:
+                kl = objective.text_kl(output.logprobs, reference.logprobs, micro.token_owner, chains)
+                per_chain = per_chain + o.text_kl * kl
+        loss = (per_chain * micro.weight).sum() * self.ranks / max(total, 1)
+        return loss, self._stats(micro, output, text, image, mse, log_ratio)
+
+    @torch.no_grad()
+    def _stats(
+        self,
+        micro: MicroBatch,
+        output: PolicyOutput,
+        text: objective.Surrogate,
+        image: objective.Surrogate,
+        mse: Tensor,
+        log_ratio: Tensor,
+    ) -> dict[str, float]:
+        token = micro.weight[micro.token_owner]
+        step = micro.weight[:, None].expand_as(image.ratio)
+        drift = (output.velocity - micro.v_old).abs().flatten(1).mean(1).view(micro.chains, micro.window).mean(1)
+        return {
+            "count/chain": micro.weight.sum().item(),
+            "count/token": token.sum().item(),
+            "count/window": step.sum().item(),
+            "sum/text/ratio": (text.ratio * token).sum().item(),
+            "sum/text/clipped": (text.clipped * token).sum().item(),
+            "sum/text/logprob_diff": ((output.logprobs - micro.behaviour).abs() * token).sum().item(),
+            "sum/text/entropy": (output.entropy * token).sum().item(),
+            "sum/image/ratio": (image.ratio * step).sum().item(),
+            "sum/image/log_ratio_abs": (log_ratio.abs() * step).sum().item(),
+            "sum/image/clipped": (image.clipped * step).sum().item(),
+            "sum/image/velocity_mse": (mse * micro.weight).sum().item(),
+            "sum/image/velocity_diff": (drift * micro.weight).sum().item(),
+        }
+
+
+def _add(sums: dict[str, float], more: dict[str, float]) -> None:
+    for key, value in more.items():
+        sums[key] = sums.get(key, 0.0) + value
+
+
+def metrics_of(sums: dict[str, float]) -> dict[str, float]:
+    """Sums over all ranks -> the means that are reported; without a contributing chain, the neutral values."""
+    tokens, windows = sums.get("count/token", 0.0), sums.get("count/window", 0.0)
+    chains, steps = sums.get("count/chain", 0.0), sums.get("count/step", 0.0)
+
+    def mean(key: str, count: float, empty: float = 0.0) -> float:
+        return sums.get(key, 0.0) / count if count else empty
+
+    return {
+        "text/ratio_mean": mean("sum/text/ratio", tokens, 1.0),
+        "text/clip_fraction": mean("sum/text/clipped", tokens),
+        "text/logprob_diff_rollout": mean("sum/text/logprob_diff", tokens),
+        "text/entropy": mean("sum/text/entropy", tokens),
+        "image/ratio_mean": mean("sum/image/ratio", windows, 1.0),
+        "image/log_ratio_abs": mean("sum/image/log_ratio_abs", windows),
+        "image/clip_fraction": mean("sum/image/clipped", windows),
+        "image/velocity_mse": mean("sum/image/velocity_mse", chains),
+        "image/velocity_diff_rollout": mean("sum/image/velocity_diff", chains),
+        "grad_norm/reasoning": mean("sum/grad_norm/reasoning", steps),
+        "grad_norm/denoising": mean("sum/grad_norm/denoising", steps),
+        "loss/nonfinite": sums.get("sum/nonfinite", 0.0),
+    }

@@ -1,0 +1,206 @@
+"""DeepSpeed around the policy: state goes out and in again exactly; fp32 masters hear a bf16 policy's small steps."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from chains import changed, make_engine, snapshot
+from golden_numbers import CHECKPOINT, close
+
+from common.bagel import checkpoint as store
+from common.bagel.policy import BagelPolicy, PackedBatch, pack_batch
+from learner.engine import Engine
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+ROLES = ("reasoning", "denoising")
+
+
+def fresh() -> BagelPolicy:
+    return store.load(CHECKPOINT).policy
+
+
+def batch_of(policy: BagelPolicy, seed: int) -> PackedBatch:
+    generator = torch.Generator().manual_seed(seed)
+    size = policy.config.llm_config.vocab_size
+    texts = [torch.randint(0, size, (n,), generator=generator).tolist() for n in (7, 12)]
+    x = torch.randn(3, 4, policy.config.token_dim, generator=generator)
+    t = torch.rand(3, generator=generator)
+    return pack_batch(texts, [(2, 7), (3, 12)], x, t, torch.tensor([0, 1, 1]), (2, 2))
+
+
+def loss_of(engine: Engine, seed: int) -> torch.Tensor:
+    output = engine.engine(batch_of(engine.module, seed))
+    return -output.logprobs.mean() + output.velocity.square().mean()
+
+
+def train(engine: Engine, seeds: range) -> None:
+    for seed in seeds:
+        engine.backward(loss_of(engine, seed), last=True)
+        assert engine.step() is not None
+
+
+def named(policy: BagelPolicy) -> list[tuple[str, torch.nn.Parameter]]:
+    return [pair for pairs in policy.parameter_groups().values() for pair in pairs]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("stage", "other_stage"), [(1, 1), (2, 2), (2, 1)])
+def test_state_goes_out_and_in_again_exactly(dtype: str, stage: int, other_stage: int) -> None:
+    """Masters, moments and step counts; the next steps equal those of the run that was not interrupted."""
+    policy = fresh()
+    engine = make_engine(policy, lr=1e-3, zero_stage=stage, dtype=dtype)
+    train(engine, range(3))
+    saved, steps = engine.state(named(policy)), engine.steps
+    assert steps == 3
+    assert saved.keys() == {f"{key}.{n}" for n, _ in named(policy) for key in ("master", "exp_avg", "exp_avg_sq")}
+    assert all(tensor.dtype == torch.float32 for tensor in saved.values())
+    assert all(saved[f"exp_avg_sq.{name}"].abs().max() > 0 for name, _ in named(policy))
+
+    # The interrupted run starts from other weights than the saved ones.
+    resumed = fresh()
+    other = make_engine(resumed, lr=1e-3, zero_stage=other_stage, dtype=dtype)
+    other.load_state(named(resumed), saved, steps)
+    again = other.state(named(resumed))
+    assert other.steps == steps
+    assert again.keys() == saved.keys()
+    for name, tensor in saved.items():
+        assert torch.equal(again[name], tensor), name
+
+    train(engine, range(3, 5))
+    train(other, range(3, 5))
+    straight, after = engine.state(named(policy)), other.state(named(resumed))
+    for name, tensor in straight.items():
+        assert torch.equal(after[name], tensor), name
+    assert changed(resumed, snapshot(policy)) == set(), "the compute weights follow the masters"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loaded_masters_reach_the_compute_weights_at_once(dtype: str) -> None:
+    """A resumed run publishes, and rolls out, before its first update."""
+    policy = fresh()
+    engine = make_engine(policy, lr=1e-3, dtype=dtype)
+    train(engine, range(2))
+    resumed = fresh()
+    other = make_engine(resumed, lr=1e-3, dtype=dtype)
+    other.load_state(named(resumed), engine.state(named(policy)), engine.steps)
+    assert changed(resumed, snapshot(policy)) == set()
+
+
+def test_state_before_the_first_step(golden_checkpoint: store.Checkpoint) -> None:
+    policy = fresh()
+    engine = make_engine(policy, lr=1e-3)
+    state = engine.state(named(policy))
+    assert engine.steps == 0
+    for name, parameter in named(golden_checkpoint.policy):
+        assert torch.equal(state[f"master.{name}"], parameter)
+        assert not state[f"exp_avg.{name}"].any()
+    resumed = fresh()
+    other = make_engine(resumed, lr=1e-3)
+    other.load_state(named(resumed), state, 0)
+    train(engine, range(2))
+    train(other, range(2))
+    assert changed(resumed, snapshot(policy)) == set()
+
+
+def test_a_step_is_adamw() -> None:
+    """Against torch's AdamW on a plain copy, with a learning rate per group and accumulation over micro-batches."""
+    policy, plain = fresh(), fresh()
+    rates = dict(zip(ROLES, (1e-3, 3e-4), strict=True))
+    groups = {name: ([p for _, p in pairs], rates[name]) for name, pairs in policy.parameter_groups().items()}
+    engine = Engine(policy, groups, zero_stage=2, dtype="float32", betas=(0.8, 0.9), weight_decay=0.01, grad_clip=0.0)
+    optimizer = torch.optim.AdamW(
+        [{"params": [p for _, p in pairs], "lr": rates[n]} for n, pairs in plain.parameter_groups().items()],
+        betas=(0.8, 0.9),
+        weight_decay=0.01,
+    )
+    for step in range(2):
+        optimizer.zero_grad()
+        for part in range(3):
+            engine.backward(loss_of(engine, 3 * step + part), last=part == 2)
+            output = plain(batch_of(plain, 3 * step + part))
+            (-output.logprobs.mean() + output.velocity.square().mean()).backward()
+        norms = engine.step()
+        for name, pairs in plain.parameter_groups().items():
+            wanted = math.sqrt(sum(p.grad.double().square().sum().item() for _, p in pairs))
+            close(norms[name], wanted, rtol=1e-4)
+        optimizer.step()
+    for (_, found), (_, wanted) in zip(named(policy), named(plain), strict=True):
+        close(found, wanted, atol=2e-6, rtol=1e-4)
+
+
+def test_gradients_are_clipped_by_the_norm_over_both_groups() -> None:
+    """Without moments of earlier steps Adam's second step tells a scaled gradient: its moments are linear in it."""
+    moments = []
+    for clip in (0.0, 0.5):
+        policy = fresh()
+        groups = {name: ([p for _, p in pairs], 1e-3) for name, pairs in policy.parameter_groups().items()}
+        engine = Engine(
+            policy, groups, zero_stage=2, dtype="float32", betas=(0.9, 0.999), weight_decay=0.0, grad_clip=clip
+        )
+        engine.backward(loss_of(engine, 0), last=True)
+        norms = engine.step()
+        moments.append(engine.state(named(policy)))
+    total = math.hypot(*norms.values())
+    assert total > 0.5, "the reported norms are those before clipping"
+    for name, _ in named(policy):
+        close(moments[1][f"exp_avg.{name}"], moments[0][f"exp_avg.{name}"] * (0.5 / total), atol=1e-7, rtol=1e-3)
+
+
+def test_bf16_compute_hears_steps_that_bf16_would_round_away() -> None:
+    """A learning rate of 1e-6: every fp32 master moves by about that, though its bf16 copy mostly cannot."""
+    policy = fresh()
+    engine = make_engine(policy, lr=1e-6, dtype="bfloat16")
+    assert policy.vae2llm.weight.dtype == torch.bfloat16
+    before = engine.state(named(policy))
+    compute = snapshot(policy)
+    train(engine, range(1))
+    after = engine.state(named(policy))
+    name = "language_model.model.layers.0.mlp.up_proj.weight"
+    moved = (after[f"master.{name}"] - before[f"master.{name}"]).abs()
+    assert 0.9e-6 < moved.median().item() < 1.1e-6
+    assert moved.max().item() < 2e-6
+    stuck = (dict(policy.named_parameters())[name] == compute[name]).float().mean().item()
+    assert stuck > 0.9, "bf16 weights alone would have lost the step"
+    # Steps of 1e-5 in one direction, each below the resolution of most weights, add up to what bf16 can hold.
+    engine.set_learning_rates(10.0, dict.fromkeys(ROLES, 1e-6))
+    for _ in range(15):
+        engine.backward(loss_of(engine, 0), last=True)
+        engine.step()
+    stuck = (dict(policy.named_parameters())[name] == compute[name]).float().mean().item()
+    assert stuck < 0.7
+    for key, parameter in named(policy):
+        assert torch.equal(parameter, engine.state([(key, parameter)])[f"master.{key}"].bfloat16())
+
+
+def test_learning_rates_are_scaled_from_their_base() -> None:
+    engine = make_engine(fresh(), lr=1e-3)
+    base = dict(zip(ROLES, (4e-4, 2e-4), strict=True))
+    for factor in (0.5, 0.25, 1.0):
+        engine.set_learning_rates(factor, base)
+        assert [g["lr"] for g in engine.optimizer.param_groups] == [base[role] * factor for role in ROLES]
+    policy = engine.module
+    engine.set_learning_rates(0.0, base)
+    before = snapshot(policy)
+    train(engine, range(1))
+    assert changed(policy, before) == set()
+
+
+def test_a_dropped_gradient_leaves_nothing_behind() -> None:
+    policy, untouched = fresh(), fresh()
+    engine, other = make_engine(policy, lr=1e-3), make_engine(untouched, lr=1e-3)
+    train(engine, range(1))
+    train(other, range(1))
+    before = engine.state(named(policy))
+    engine.backward(loss_of(engine, 7) * math.nan, last=True)
+    assert engine.step() is None
+    assert engine.steps == 1
+    for name, tensor in engine.state(named(policy)).items():
+        assert torch.equal(tensor, before[name]), name
+    engine.backward(loss_of(engine, 8), last=True)
+    engine.drop()
+    train(engine, range(1, 3))
+    train(other, range(1, 3))
+    assert changed(untouched, snapshot(policy)) == set()
