@@ -1,0 +1,169 @@
+"""`make bench`: speed against this machine's own limits, all in one run, as a Markdown table.
+
+Fractions are model floating-point operations (counted from shapes, common/bagel/flops.py) per second over the matrix
+rate measured in the same run.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from common.runtime import thread_env
+
+CPUS = len(os.sched_getaffinity(0))
+os.environ.update(thread_env(CPUS))
+
+import numpy as np  # noqa: E402 (the thread count must be set before torch is imported)
+import torch  # noqa: E402
+
+from common.bagel.config import BagelConfig, VAEConfig  # noqa: E402
+from common.bagel.flops import draw_flops, read_flops  # noqa: E402
+from common.bagel.policy import BagelPolicy, pack_batch  # noqa: E402
+from common.config import TrainConfig, load_config  # noqa: E402
+from common.weights import checksum, pack, unpack  # noqa: E402
+
+GRID, CONTEXT, SCORED, WINDOW = (16, 16), 64, 40, 3
+
+
+def policy_40m() -> BagelPolicy:
+    """40 million parameters, 256 image tokens."""
+    sizes = {
+        "hidden_size": 512,
+        "num_hidden_layers": 7,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "intermediate_size": 1408,
+        "vocab_size": 4096,
+    }
+    config = BagelConfig.model_validate(
+        {"llm_config": sizes, "vae_config": VAEConfig().model_dump(), "max_latent_size": 16}
+    )
+    policy = BagelPolicy(config, (3, 4))
+    policy.init_weights(0)
+    return policy
+
+
+def best(function: Callable[[], object], repeat: int) -> float:
+    """Shortest wall time of several calls, after one unmeasured."""
+    function()
+    times = []
+    for _ in range(repeat):
+        started = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def matrix_rate(dtype: torch.dtype) -> float:
+    """Operations per second of a 2048-cubed product."""
+    a, b = torch.randn(2048, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
+    return 2 * 2048**3 / best(lambda: a @ b, 10)
+
+
+def model_rates(dtype: torch.dtype, chains: int) -> dict[str, float]:
+    """Operations per second of the denoiser's step and of the learner's packed forward and backward."""
+    policy = policy_40m().to(dtype)
+    n, d = GRID[0] * GRID[1], policy.config.token_dim
+    texts = [torch.randint(5, 4096, (CONTEXT,)).tolist() for _ in range(chains)]
+    with torch.no_grad():
+        context = policy.prefill(texts)
+        x, t = torch.randn(chains, n, d), torch.full((chains,), 0.5)
+        drawing = best(lambda: policy.velocity(x, t, context, GRID), 3)
+    owner = torch.arange(chains).repeat_interleave(WINDOW)
+    images = len(owner)
+    batch = pack_batch(
+        texts, [(CONTEXT - SCORED, CONTEXT)] * chains, torch.randn(images, n, d), torch.rand(images), owner, GRID
+    )
+
+    def update() -> None:
+        output = policy(batch)
+        (output.logprobs.mean() + output.velocity.square().mean()).backward()
+        policy.zero_grad(set_to_none=True)
+
+    forward = chains * read_flops(policy.config, CONTEXT, SCORED) + images * draw_flops(policy.config, n, CONTEXT)
+    return {
+        "denoiser": chains * draw_flops(policy.config, n, CONTEXT) / drawing,
+        "learner": 3 * forward / best(update, 2),
+    }
+
+
+def sync_rates() -> tuple[float, float]:
+    """GB/s of publish + checksum + load of 40 M fp32 weights in one process, and of a plain memory copy."""
+    policy, other = policy_40m(), policy_40m()
+    named = [pair for pairs in policy.parameter_groups().values() for pair in pairs]
+
+    def sync() -> None:
+        manifest, buffer = pack(named, 1, torch.float32)
+        other.load_state_dict(unpack(manifest, buffer), strict=False)
+
+    _, buffer = pack(named, 1, torch.float32)
+    target = np.empty_like(buffer)
+    checksum(buffer)
+    return buffer.nbytes / best(sync, 3) / 1e9, buffer.nbytes / best(lambda: np.copyto(target, buffer), 5) / 1e9
+
+
+def reasoner_rate(config: TrainConfig) -> float:
+    """Tokens per second of vLLM on the small policy: 96 requests of 32 tokens."""
+    from common.bagel import checkpoint as store
+    from common.bagel.config import read_json
+    from common.config import resolve_path
+    from rollout.reasoner import Reasoner, write_reasoner_dir
+
+    directory = resolve_path(config.model.path)
+    loaded = store.load(directory)
+    with tempfile.TemporaryDirectory() as scratch:
+        write_reasoner_dir(
+            Path(scratch) / "r", read_json(directory / "llm_config.json"), loaded.policy.reasoning_weights()
+        )
+        # <|endoftext|>, which this policy never says: every request runs to its limit.
+        unused = loaded.chat.tokenizer.token_to_id("<|endoftext|>")
+        assert unused is not None
+        reasoner = Reasoner(Path(scratch) / "r", eos_token_id=unused, max_model_len=128, max_batch=96)
+        prompts = [loaded.chat.prompt_ids("a photo of three red circles")] * 96
+        return 96 * 32 / best(lambda: reasoner.generate(prompts, list(range(96)), max_tokens=32), 3)
+
+
+def step_overhead(steps: int = 6) -> dict[str, float]:
+    """A short run of the default recipe: medians over its steps, the first left out."""
+    from deploy.loop import train
+    from deploy.session import open_session
+
+    with tempfile.TemporaryDirectory() as runs:
+        config = load_config("shapes", [f"steps={steps}", f"runs_dir={runs}", "evaluation.prompts=7"])
+        with open_session(config) as session:
+            rows = train(session).read_metrics()[1:]
+    keys = ("time/step_s", "time/overhead_fraction", "weights/sync_s", "rollout/images_per_s", "rollout/tokens_per_s")
+    return {key: float(np.median([row[key] for row in rows])) for key in keys}
+
+
+def show(what: str, value: str) -> None:
+    """Prints one row at once: a run that is cut short has still said something."""
+    print(f"| {what} | {value} |", flush=True)
+
+
+def main() -> None:
+    """Prints the table."""
+    torch.set_num_threads(CPUS)
+    torch.manual_seed(0)
+    print("| what | measured |\n|---|---|", flush=True)
+    for dtype in (torch.float32, torch.bfloat16):
+        name, rate = str(dtype).removeprefix("torch."), matrix_rate(dtype)
+        show(f"matrix rate, {name}, {CPUS} threads", f"{rate / 1e9:.0f} GFLOP/s")
+        for part, measured in model_rates(dtype, 4).items():
+            show(f"{part}, 40 M policy, {name}", f"{measured / 1e9:.0f} GFLOP/s = {measured / rate:.2f} of it")
+    sync, copy = sync_rates()
+    show("weight sync (pack, checksum, load), 40 M fp32", f"{sync:.2f} GB/s; memory copy {copy:.2f} GB/s")
+    overhead = step_overhead()
+    show("vLLM, small policy, 96 x 32 tokens", f"{reasoner_rate(load_config('shapes')):.0f} tokens/s")
+    show("default recipe, one step", f"{overhead['time/step_s']:.2f} s")
+    show("share of a step that is not model math", f"{overhead['time/overhead_fraction']:.3f}")
+    show("weight sync of a step", f"{overhead['weights/sync_s'] * 1000:.0f} ms")
+    show("rollout", f"{overhead['rollout/images_per_s']:.1f} images/s")
+
+
+if __name__ == "__main__":
+    main()

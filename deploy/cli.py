@@ -1,0 +1,146 @@
+"""The command line: unigrpo train, sft, eval, generate, report, schema."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from common.config import (
+    ConfigError,
+    TrainConfig,
+    apply_overrides,
+    load_config,
+    read_recipe,
+    run_path,
+    to_yaml,
+    validate,
+)
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="Fields to override, e.g. steps=2 run_name=try.")]
+
+
+@app.command()
+def train(
+    recipe: Annotated[str | None, typer.Argument(help="Recipe file, or a name in deploy/recipes.")] = None,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option(help="Print config, batch arithmetic and actors; start nothing.")] = False,
+    resume: Annotated[Path | None, typer.Option(help="Continue this run directory.")] = None,
+) -> None:
+    """Train with UniGRPO."""
+    config = _resumed(resume, recipe, overrides) if resume else load_config(recipe or "shapes", overrides)
+    if dry_run:
+        from deploy.preflight import check_inputs, describe
+
+        check_inputs(config)
+        typer.echo(to_yaml(config))
+        typer.echo(describe(config))
+        return
+    from deploy.loop import train as run_training
+    from deploy.report import write_report
+    from deploy.session import open_session
+
+    with open_session(config, resume is not None) as session:
+        run = run_training(session)
+    results = list(run.read_evaluations().values())
+    session.progress.summary(results[0], results[-1] if len(results) > 1 else None, write_report(run))
+
+
+def _resumed(directory: Path, recipe: str | None, overrides: list[str] | None) -> TrainConfig:
+    """The configuration a run was started with; overrides may lengthen it. The recipe argument is an override here."""
+    from common.rundir import RunDirectory
+
+    directory = run_path(directory)
+    run = RunDirectory(directory).open()
+    pairs = [*([recipe] if recipe else []), *(overrides or [])]
+    data = apply_overrides(read_recipe(str(run.config)), pairs)
+    return validate({**data, "runs_dir": str(directory.parent), "run_name": directory.name})
+
+
+@app.command()
+def sft(
+    recipe: Annotated[str, typer.Argument(help="Recipe file, or a name in deploy/recipes.")],
+    overrides: Overrides = None,
+) -> None:
+    """Supervised fine-tuning: reasoning tokens and flow matching together."""
+    from deploy.sft import run_sft
+
+    run_sft(recipe, overrides or [])
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Checkpoint directory.")],
+    recipe: Annotated[str, typer.Option(help="Recipe whose prompts, rewards and actors are used.")] = "shapes",
+    overrides: Overrides = None,
+) -> None:
+    """Score a checkpoint on the held-out prompts."""
+    from deploy.evaluation import to_markdown
+    from deploy.evaluation_run import evaluate as run_evaluation
+    from deploy.session import open_session
+
+    # The time makes the name new, so that a checkpoint can be evaluated again.
+    name = f"run_name=eval-{Path(model).resolve().name}-{datetime.now():%Y%m%d-%H%M%S}"
+    config = load_config(recipe, [name, f"model.path={model}", "objective.velocity_mse=0", *(overrides or [])])
+    with open_session(config) as session:
+        session.rollout.sync(*session.learner.publish())
+        result = run_evaluation(session, step=0)
+    typer.echo(to_markdown(result))
+    typer.echo(str(session.run.evaluation_file(0)))
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="Checkpoint directory.")],
+    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    number: Annotated[int, typer.Option("-n", min=1, help="Images.")] = 4,
+    out: Annotated[Path, typer.Option("-o", help="Directory for the PNGs and the reasoning.")] = Path("generated"),
+    recipe: Annotated[str, typer.Option(help="Recipe whose sampling settings are used.")] = "shapes",
+    seed: Annotated[int, typer.Option(help="Seed.")] = 0,
+) -> None:
+    """Reason about a prompt and draw it."""
+    from deploy.generate import run_generate
+
+    run_generate(load_config(recipe, [f"model.path={model}"]), prompt, number, out, seed)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
+    """Write report.html of a run."""
+    from common.rundir import RunDirectory
+    from deploy.report import write_report
+
+    typer.echo(str(write_report(RunDirectory(run_path(run)).open())))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of the configuration."""
+    typer.echo(json.dumps(TrainConfig.model_json_schema(), indent=2))
+
+
+def main() -> None:
+    """Entry point: bad input is one line on stderr and exit code 2."""
+    if not os.environ.get("RAY_ADDRESS"):
+        # A Ray of this machine alone listens on loopback; read when Ray is imported, and named after its first use.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        app()
+    except (ConfigError, ValueError) as error:
+        if not isinstance(error, ConfigError) and type(error).__name__ != "CheckpointError":
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

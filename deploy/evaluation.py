@@ -1,0 +1,221 @@
+"""From scored held-out images to numbers: accuracies with bootstrap intervals, and the comparison of two checkpoints.
+
+Images of one prompt are not independent, so intervals resample prompts, not images.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from common.types import Group
+
+Result = dict[str, Any]
+
+HEADLINES = {
+    "strict": "Strict accuracy",
+    "task_mean": "Mean of task accuracies",
+    "partial": "Partial score",
+    "reasoning_accuracy": "Reasoning accuracy",
+    "image_given_reasoning": "Image accuracy given right reasoning",
+}
+"""Keys of a result that are single numbers in [0, 1] (or None), with their names for people."""
+
+_RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One held-out image. strict is 0 or 1, NaN if it could not be scored; partial is in [0, 1] or NaN;
+    reasoning_correct is None where reasoning cannot be judged. png and chain (its number within the prompt) serve the
+    report only."""
+
+    tag: str
+    prompt: str
+    reasoning: str
+    strict: float
+    partial: float
+    reasoning_correct: bool | None
+    png: bytes = b""
+    chain: int = 0
+
+
+def summarise(rows: Sequence[Sample], *, version: int, step: int | None = None, seed: int = 0) -> Result:
+    """The result of one evaluation, ready for JSON. ValueError if no image was scored.
+
+    Unscored images are counted in `unscored` and left out of everything else, never counted as wrong. The interval
+    is the 95 % percentile bootstrap over prompts (10,000 resamples). `prompts` keeps the counts by prompt that
+    `compare` pairs.
+    """
+    scored = sorted((row for row in rows if not np.isnan(row.strict)), key=lambda row: (row.tag, row.prompt))
+    if not scored:
+        raise ValueError(f"none of the {len(rows)} evaluated images was scored; see the reward actors' errors")
+    prompts = [_counts(list(of_prompt)) for _, of_prompt in groupby(scored, key=lambda row: (row.tag, row.prompt))]
+    by_tag = {tag: _tag_result(list(of_tag)) for tag, of_tag in groupby(prompts, key=lambda prompt: prompt["tag"])}
+    judged = [row for row in scored if row.reasoning_correct is not None]
+    images = Counter((row.tag, row.prompt) for row in rows)
+    return {
+        "step": step,
+        "version": version,
+        "n_prompts": len(prompts),
+        "images_per_prompt": max(images.values()),
+        "n_images": len(scored),
+        "unscored": len(rows) - len(scored),
+        "strict": _mean([row.strict for row in scored]),
+        "strict_interval": _interval(_ratios(prompts, "strict", "images", seed)),
+        "task_mean": _mean([tag["strict"] for tag in by_tag.values()]),
+        "partial": _mean([row.partial for row in scored]),
+        "reasoning_accuracy": _mean([float(row.reasoning_correct is True) for row in judged]),
+        "image_given_reasoning": _mean([row.strict for row in judged if row.reasoning_correct]),
+        "by_tag": by_tag,
+        "prompts": prompts,
+    }
+
+
+def compare(before: Result, after: Result, seed: int = 0) -> Result:
+    """Two results, on the prompts that both have. ValueError if they share none.
+
+    Every headline gets {before, after, difference}; strict and reasoning_accuracy also an `interval` of the
+    difference, from a bootstrap over prompts in which both results see the same resample. by_tag holds the strict
+    accuracies. A number that one side lacks is None, and so is its difference.
+    """
+    keyed = [{(p["tag"], p["prompt"]): p for p in result["prompts"]} for result in (before, after)]
+    common = [key for key in keyed[0] if key in keyed[1]]
+    if not common:
+        raise ValueError("the two evaluations have no prompt in common; compare runs of the same held-out file")
+    first, last = ([of[key] for key in common] for of in keyed)
+    result: Result = {"n_prompts": len(common)}
+    for key in HEADLINES:
+        result[key] = _difference(before[key], after[key])
+    for key, hits, counts in (("strict", "strict", "images"), ("reasoning_accuracy", "reasoning_correct", "judged")):
+        result[key] = _difference(_ratio(first, hits, counts), _ratio(last, hits, counts))
+        old, new = (_ratios(side, hits, counts, seed) for side in (first, last))
+        result[key]["interval"] = None if old is None or new is None else _interval(new - old)
+    tags = {**before["by_tag"], **after["by_tag"]}
+    result["by_tag"] = {
+        tag: _difference(*(side["by_tag"].get(tag, {}).get("strict") for side in (before, after))) for tag in tags
+    }
+    return result
+
+
+def table(before: Result, after: Result | None = None) -> list[tuple[str, str, str, str]]:
+    """Name, before, after and difference in points, as text: the headlines that were measured, then the tags.
+    Without `after` the last two are empty."""
+    versus = compare(before, after) if after else None
+
+    def line(key: str, name: str, *path: str) -> tuple[str, str, str, str]:
+        old = _at(before, *path)
+        cell = percent(old) + (_span(before["strict_interval"]) if key == "strict" else "")
+        if after is None or versus is None:
+            return name, cell, "", ""
+        new = percent(_at(after, *path)) + (_span(after["strict_interval"]) if key == "strict" else "")
+        change = versus["by_tag"].get(key) if path[0] == "by_tag" else versus[key]
+        return name, cell, new, _points(change)
+
+    tags = {**before["by_tag"], **(after["by_tag"] if after else {})}
+    measured = [key for key in HEADLINES if before[key] is not None or (after and after[key] is not None)]
+    return [line(key, HEADLINES[key], key) for key in measured] + [
+        line(tag, tag, "by_tag", tag, "strict") for tag in tags
+    ]
+
+
+def to_markdown(result: Result, before: Result | None = None) -> str:
+    """A Markdown table of one result, or of a result against the one before it."""
+    rows = table(before, result) if before else [row[:2] for row in table(result)]
+    header = ("", "before", "after", "difference")[: len(rows[0])] if before else ("", f"version {result['version']}")
+    lines = [f"{result['n_prompts']} prompts x {result['images_per_prompt']} images", ""]
+    lines += ["| " + " | ".join(cells) + " |" for cells in (header, ("---",) * len(header), *rows)]
+    return "\n".join(lines) + "\n"
+
+
+def percent(value: float | None) -> str:
+    """0.3125 -> 31.2 %, None -> a dash."""
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def image_grid(groups: Sequence[Group], scale: int = 1, gap: int = 2) -> Image.Image:
+    """One row per group, one column per chain, pixels repeated `scale` times, `gap` white pixels around each."""
+    rows = [[chain.image.pixels for chain in group.chains] for group in groups]
+    height = max(pixels.shape[0] for row in rows for pixels in row) * scale + gap
+    width = max(pixels.shape[1] for row in rows for pixels in row) * scale + gap
+    grid = Image.new("RGB", (gap + width * max(map(len, rows)), gap + height * len(rows)), "white")
+    for y, row in enumerate(rows):
+        for x, pixels in enumerate(row):
+            image = Image.fromarray(pixels.repeat(scale, 0).repeat(scale, 1))
+            grid.paste(image, (gap + x * width, gap + y * height))
+    return grid
+
+
+def _counts(rows: list[Sample]) -> dict[str, Any]:
+    return {
+        "tag": rows[0].tag,
+        "prompt": rows[0].prompt,
+        "images": len(rows),
+        "strict": sum(row.strict for row in rows),
+        "judged": sum(row.reasoning_correct is not None for row in rows),
+        "reasoning_correct": sum(row.reasoning_correct is True for row in rows),
+    }
+
+
+def _tag_result(prompts: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "strict": _ratio(prompts, "strict", "images"),
+        "n_prompts": len(prompts),
+        "n_images": sum(prompt["images"] for prompt in prompts),
+    }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    known = [value for value in values if not np.isnan(value)]
+    return float(np.mean(known)) if known else None
+
+
+def _ratio(prompts: Sequence[Mapping[str, Any]], hits: str, counts: str) -> float | None:
+    total = sum(prompt[counts] for prompt in prompts)
+    return sum(prompt[hits] for prompt in prompts) / total if total else None
+
+
+def _ratios(prompts: Sequence[Mapping[str, Any]], hits: str, counts: str, seed: int) -> NDArray[np.float64] | None:
+    """The ratio in every resample of the prompts, [10,000]; NaN where a resample has none to count. Equal seeds and
+    numbers of prompts give equal resamples, which is what pairs two evaluations."""
+    hit, count = (np.array([prompt[key] for prompt in prompts], np.float64) for key in (hits, counts))
+    if not count.any():
+        return None
+    rng = np.random.default_rng(seed)
+    # In blocks: 10,000 resamples of 10,000 prompts at once would take 800 MB.
+    blocks = (rng.integers(len(prompts), size=(_RESAMPLES // 20, len(prompts))) for _ in range(20))
+    with np.errstate(invalid="ignore"):
+        return np.concatenate([hit[block].sum(1) / count[block].sum(1) for block in blocks])
+
+
+def _interval(resampled: NDArray[np.float64] | None) -> list[float] | None:
+    return None if resampled is None else np.nanpercentile(resampled, [2.5, 97.5]).tolist()
+
+
+def _difference(before: float | None, after: float | None) -> dict[str, Any]:
+    difference = None if before is None or after is None else after - before
+    return {"before": before, "after": after, "difference": difference}
+
+
+def _at(result: Mapping[str, Any], *path: str) -> float | None:
+    value: Any = result
+    for key in path:
+        value = (value or {}).get(key)
+    return value
+
+
+def _span(interval: Sequence[float] | None) -> str:
+    return "" if interval is None else f" ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})"
+
+
+def _points(change: Mapping[str, Any]) -> str:
+    if change["difference"] is None:
+        return "–"
+    return f"{100 * change['difference']:+.1f}{_span(change.get('interval'))}"

@@ -1,0 +1,69 @@
+"""Runs an evaluation on the actors: held-out prompts through the same replicas and scorers as training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+
+from common.prompts import evenly
+from common.records import encode_png
+from common.shapes.reasoning import reasoning_correct
+from common.shapes.vocab import TAGS
+from common.types import Group
+from deploy.evaluation import Sample, summarise
+from deploy.report import write_samples
+from deploy.requests import evaluation_requests
+from deploy.session import Session
+from rewards.pool import Ticket
+
+
+@ray.remote(num_cpus=0)
+def describe(group: Group, pictures: bool) -> list[dict[str, Any]]:
+    """What people want to see of a group; runs beside the data so that no image reaches the driver unasked."""
+    metadata = group.prompt.metadata
+    judged = metadata.get("tag") in TAGS
+    return [
+        {
+            "reasoning": chain.text.text,
+            "reasoning_correct": reasoning_correct(metadata, chain.text.text) if judged else None,
+            "png": encode_png(chain.image.pixels) if pictures else b"",
+        }
+        for chain in group.chains
+    ]
+
+
+def evaluate(session: Session, step: int) -> dict[str, Any]:
+    """Evaluates the weights that the replicas hold; writes eval/step-*.json and the samples of the report."""
+    config, run = session.config, session.run
+    session.progress.phase(f"evaluating {len(session.heldout)} held-out prompts at step {step}")
+    shown = {prompt.id for prompt in evenly(session.heldout, config.evaluation.samples)}
+    batch = session.rollout.submit(evaluation_requests(config, session.heldout))
+    tickets: dict[int, Ticket] = {}
+    details: dict[int, Any] = {}
+    for place, ref in batch.arrivals(config.rollout.deadline_s):
+        tickets[place] = session.rewards.start(ref, batch.sizes[place])
+        details[place] = describe.remote(ref, session.heldout[place].id in shown)
+    scored = session.rewards.finish([tickets[place] for place in range(len(tickets))])
+    strict = next((v for k, v in scored.components.items() if k.endswith("/strict")), scored.total)
+    rows = []
+    for place, prompt in enumerate(session.heldout):
+        for chain, about in enumerate(ray.get(details[place], timeout=config.rollout.deadline_s)):
+            rows.append(
+                Sample(
+                    tag=str(prompt.metadata.get("tag", "")),
+                    prompt=prompt.text,
+                    strict=float(strict[place, chain]),
+                    partial=float(scored.total[place, chain]),
+                    chain=chain,
+                    **about,
+                )
+            )
+    result = summarise(rows, version=session.version, step=step)
+    run.write_json(run.evaluation_file(step), result)
+    write_samples(run.samples_file(step), [row for row in rows if row.png])
+    session.progress.phase(
+        f"step {step}: strict {result['strict']:.3f}, reasoning {result['reasoning_accuracy'] or 0:.3f}, "
+        f"image given right reasoning {result['image_given_reasoning'] or 0:.3f}"
+    )
+    return result

@@ -1,0 +1,153 @@
+"""Everything that can be found wrong before anything starts: each error names the thing, the value and the remedy."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.config import ConfigError, TrainConfig, resolve_path
+from common.prompts import evenly, read_prompts
+from common.types import Prompt
+from rewards.scorer import check, scorer_class
+
+if TYPE_CHECKING:
+    from common.bagel.config import BagelConfig
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads: checked."""
+
+    model: Path
+    train: list[Prompt]
+    heldout: list[Prompt]
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Actors of one kind and what each is given."""
+
+    kind: str
+    count: int
+    cpus: float
+    gpus: float
+    custom: dict[str, float]
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """What one actor is given, by Ray's names."""
+        return {"CPU": self.cpus, "GPU": self.gpus, **self.custom}
+
+
+def demands(config: TrainConfig) -> list[Demand]:
+    """The actors of a run."""
+    rollout, learner = config.rollout, config.learner
+    return [
+        Demand("rollout", rollout.replicas, rollout.cpus, rollout.gpus * rollout.tensor_parallel, rollout.custom),
+        Demand("learner", learner.ranks, learner.cpus, learner.gpus, learner.custom),
+        *(Demand(f"reward:{s.name}", s.replicas, s.cpus, s.gpus, s.custom) for s in config.rewards),
+    ]
+
+
+def check_inputs(config: TrainConfig) -> Inputs:
+    """Reads prompts, looks at the checkpoint and the scorers. ConfigError or CheckpointError."""
+    from common.bagel.checkpoint import check as check_checkpoint
+
+    model = resolve_path(config.model.path)
+    sizes = check_checkpoint(model)
+    try:
+        sizes.grid(config.model.height, config.model.width)
+    except ValueError as error:
+        raise ConfigError(f"model.height x model.width: {error}") from error
+    check(config.rewards)
+    train = read_prompts(resolve_path(config.data.train))
+    heldout = read_prompts(resolve_path(config.data.heldout))
+    if config.data.prompts_per_step > len(train):
+        raise ConfigError(
+            f"data.prompts_per_step is {config.data.prompts_per_step} but {config.data.train} has {len(train)} prompts"
+        )
+    check_lengths(config, model, sizes, [*train, *heldout])
+    for scorer in config.rewards:
+        for file, prompts in ((config.data.train, train), (config.data.heldout, heldout)):
+            for prompt in prompts:
+                try:
+                    scorer_class(scorer.name).check_prompt(prompt)
+                except ValueError as error:
+                    raise ConfigError(
+                        f"{file}: prompt {prompt.id}: {error} (needed by reward {scorer.name})"
+                    ) from error
+    return Inputs(model, train, evenly(heldout, config.evaluation.prompts))
+
+
+def check_lengths(config: TrainConfig, model: Path, sizes: BagelConfig, prompts: list[Prompt]) -> None:
+    """ConfigError for the first prompt that the reasoning engine would refuse in the middle of a run."""
+    from common.bagel.text import ChatTokenizer, system_prompt
+
+    sampling, positions = config.sampling, sizes.llm_config.max_position_embeddings
+    if sampling.max_prompt_tokens + sampling.max_tokens > positions:
+        raise ConfigError(
+            f"sampling.max_prompt_tokens {sampling.max_prompt_tokens} + sampling.max_tokens {sampling.max_tokens} "
+            f"exceed the {positions} positions of {model} (max_position_embeddings); lower one of them"
+        )
+    chat = ChatTokenizer.read(model, sizes.llm_config.vocab_size)
+    system = system_prompt(config.model.system_prompt)
+    for prompt in prompts:
+        length = len(chat.prompt_ids(prompt.text, system))
+        if length > sampling.max_prompt_tokens:
+            raise ConfigError(
+                f"prompt {prompt.id} has {length} tokens, more than sampling.max_prompt_tokens = "
+                f"{sampling.max_prompt_tokens}; raise the limit or shorten the prompt"
+            )
+
+
+def check_resources(config: TrainConfig, capacity: Mapping[str, float]) -> None:
+    """ConfigError if the actors together ask for more than the cluster has; capacity by Ray's resource names."""
+    asked = demands(config)
+    for name in dict.fromkeys(name for demand in asked for name in demand.resources):
+        shares = [(d.kind, d.count, d.resources.get(name, 0.0)) for d in asked]
+        want, have = sum(count * each for _, count, each in shares), capacity.get(name, 0.0)
+        if want > have + 1e-6:
+            parts = ", ".join(f"{kind} {count} x {each:g}" for kind, count, each in shares if each)
+            field = {"CPU": "cpus", "GPU": "gpus"}.get(name, f"custom.{name}")
+            raise ConfigError(
+                f"the actors ask for {want:g} {_plural(name)} ({parts}) but the cluster has {have:g}; lower "
+                f"rollout.replicas, learner.ranks or the {field} of one of them, or enlarge the cluster"
+            )
+
+
+def _plural(resource: str) -> str:
+    return f"{resource}s" if resource in ("CPU", "GPU") else resource
+
+
+def local_cpus() -> int:
+    """CPUs this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def describe(config: TrainConfig) -> str:
+    """The batch arithmetic and the actors, for people."""
+    data, learner, objective = config.data, config.learner, config.objective
+    chains = config.chains_per_step
+    per_rank = chains / learner.ranks / objective.minibatches
+    forwards = -(-per_rank // learner.chains_per_micro_batch)
+    lines = [
+        "batch",
+        f"  {data.prompts_per_step} prompts x {data.group_size} chains = {chains} chains per step",
+        f"  {objective.epochs} epochs x {objective.minibatches} minibatches = "
+        f"{objective.epochs * objective.minibatches} optimizer steps per step",
+        f"  {learner.ranks} ranks x {per_rank:g} chains = {forwards:g} micro-batches of at most "
+        f"{learner.chains_per_micro_batch} chains per rank and optimizer step",
+        f"  {config.sampling.points} time points = {config.sampling.points - 1} denoising steps, "
+        f"{config.sampling.window_size} of them trained, first of them {config.sampling.window_range[0]}.."
+        f"{config.sampling.window_range[1] - config.sampling.window_size}",
+        f"  {config.steps} steps = {config.steps * chains} chains",
+        "actors",
+        *(
+            f"  {d.count} x {d.kind}: {', '.join(f'{n:g} {_plural(name)}' for name, n in d.resources.items())} each"
+            for d in demands(config)
+        ),
+    ]
+    return "\n".join(lines)

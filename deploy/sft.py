@@ -1,0 +1,70 @@
+"""`unigrpo sft`: the supervised stage on Ray actors, with live progress."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import ray
+import yaml
+
+from common.config import ConfigError, resolve_path
+from common.rundir import RunDirectory
+from common.runtime import free_port, thread_env
+from common.sft_config import SFTConfig, load_sft_config
+from deploy.preflight import local_cpus
+from deploy.progress import Progress
+from learner.sft_actor import SFTRank, create_policy
+
+
+def run_sft(recipe: str, overrides: list[str]) -> None:
+    """Trains and writes the checkpoint. ConfigError for bad input, before anything starts."""
+    config = load_sft_config(recipe, overrides)
+    out = Path(config.out).resolve()
+    if out.exists():
+        raise ConfigError(f"out: {out} exists already; remove it or give another directory")
+    start = str(resolve_path(config.start)) if config.start else None
+    run = RunDirectory(out.parent / f"{out.name}-sft").create(
+        yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    )
+    ray.init(
+        address="local",
+        num_cpus=max(local_cpus(), 1),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+    try:
+        with Progress(config.steps) as progress:
+            if config.create:
+                progress.phase("fitting tokenizer and autoencoder")
+                make = ray.remote(create_policy).options(
+                    num_cpus=local_cpus(), runtime_env={"env_vars": thread_env(local_cpus())}
+                )
+                start = ray.get(make.remote(config, config.create, str(run.path / "start")))
+            assert start is not None
+            _train(config.model_copy(update={"out": str(out)}), start, run, progress)
+    finally:
+        ray.shutdown()
+    print(f"checkpoint: {out}")
+
+
+def _train(config: SFTConfig, start: str, run: RunDirectory, progress: Progress) -> None:
+    address = f"{ray.util.get_node_ip_address()}:{free_port()}"
+    actor = ray.remote(SFTRank).options(
+        num_cpus=config.cpus, num_gpus=config.gpus, runtime_env={"env_vars": thread_env(config.cpus)}
+    )
+    ranks: list[Any] = [actor.remote(config, start, rank, address, str(run.path)) for rank in range(config.ranks)]
+    progress.phase("preparing examples")
+    pending = [rank.train.remote() for rank in ranks]
+    shown = 0
+    while pending:
+        done, pending = ray.wait(pending, num_returns=len(pending), timeout=5)
+        ray.get(done)
+        rows = run.read_metrics()
+        if len(rows) > shown:
+            shown = len(rows)
+            last = rows[-1]
+            losses = f"text loss {last['loss/text']:.3f}  image loss {last['loss/image']:.3f}"
+            progress.phase(f"sft step {shown}/{config.steps}  {losses}")

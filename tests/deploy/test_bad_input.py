@@ -1,0 +1,99 @@
+"""Bad input is one line that names the thing, the value and the remedy, with exit code 2, before anything starts."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from common.config import REPOSITORY
+from deploy import cli
+
+MODEL = REPOSITORY / "deploy" / "models" / "shapes"
+
+
+def attempt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Runs the command line; its one line of error."""
+    monkeypatch.setattr(sys, "argv", ["unigrpo", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and "\n" not in error and "Traceback" not in error
+    return error
+
+
+@pytest.fixture
+def broken_model(tmp_path: Path) -> Path:
+    target = tmp_path / "model"
+    shutil.copytree(MODEL, target)
+    return target
+
+
+def test_unknown_key_suggests_the_known_one(monkeypatch, capsys) -> None:
+    error = attempt(monkeypatch, capsys, "train", "shapes", "optimizer.lr_denoisng=1e-4", "--dry-run")
+    assert "optimizer.lr_denoisng" in error and "lr_denoising" in error
+
+
+def test_impossible_batch_arithmetic(monkeypatch, capsys) -> None:
+    error = attempt(monkeypatch, capsys, "train", "shapes", "data.prompts_per_step=7", "--dry-run")
+    assert "7" in error and "multiple of 2" in error
+
+
+def test_missing_checkpoint(monkeypatch, capsys) -> None:
+    assert "nowhere" in attempt(monkeypatch, capsys, "train", "shapes", "model.path=nowhere")
+
+
+def test_truncated_checkpoint(monkeypatch, capsys, broken_model: Path) -> None:
+    weights = broken_model / "ema.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    error = attempt(monkeypatch, capsys, "train", "shapes", f"model.path={broken_model}")
+    assert "ema.safetensors" in error and "truncated" in error
+
+
+def test_checkpoint_without_tokenizer(monkeypatch, capsys, broken_model: Path) -> None:
+    (broken_model / "tokenizer.json").unlink()
+    assert "tokenizer.json" in attempt(monkeypatch, capsys, "generate", str(broken_model), "a red circle")
+
+
+def test_broken_prompt_line(monkeypatch, capsys, tmp_path: Path) -> None:
+    lines = (REPOSITORY / "common/shapes/data/train.jsonl").read_text().splitlines()[:20]
+    lines[4] = lines[4][:-3]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(lines))
+    error = attempt(monkeypatch, capsys, "train", "shapes", f"data.train={path}")
+    assert "prompts.jsonl" in error and "line 5" in error
+
+
+def test_prompt_that_the_scorer_cannot_judge(monkeypatch, capsys, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a cat", "tag": "single_object", "include": [{"class": "cat", "count": 1}]}\n' * 1)
+    error = attempt(monkeypatch, capsys, "train", "shapes", f"data.train={path}", "data.prompts_per_step=2")
+    assert "prompts.jsonl" in error
+
+
+def test_unknown_reward(monkeypatch, capsys) -> None:
+    error = attempt(monkeypatch, capsys, "train", "shapes", "rewards.0.name=shape")
+    assert "shape" in error and "shapes" in error
+
+
+def test_existing_run_directory(monkeypatch, capsys, tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    error = attempt(monkeypatch, capsys, "train", "shapes", f"runs_dir={tmp_path}", "run_name=taken")
+    assert "taken" in error and "--resume" in error
+
+
+def test_too_few_cpus(monkeypatch, capsys, tmp_path: Path) -> None:
+    error = attempt(monkeypatch, capsys, "train", "shapes", f"runs_dir={tmp_path}", "learner.cpus=64")
+    assert "CPUs" in error and "learner" in error
+    assert not (tmp_path / "shapes").exists()
+
+
+def test_resume_of_what_is_not_a_run(monkeypatch, capsys, tmp_path: Path) -> None:
+    assert str(tmp_path) in attempt(monkeypatch, capsys, "train", "--resume", str(tmp_path))
+
+
+def test_unknown_recipe_suggests_the_known_one(monkeypatch, capsys) -> None:
+    assert "did you mean shapes" in attempt(monkeypatch, capsys, "train", "shaps")

@@ -1,0 +1,171 @@
+"""Held-out numbers, checked by hand and against a slow bootstrap."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common.rundir import dump_json
+from common.types import Chain, Group, ImageSegment, Prompt
+from deploy.evaluation import Sample, compare, image_grid, percent, summarise, table, to_markdown
+
+
+def _sample(tag: str, prompt: str, strict: float, reasoning: bool | None = None, partial: float = 0.5) -> Sample:
+    return Sample(tag, prompt, "<think> plan: . </think>", strict, partial, reasoning)
+
+
+ROWS = [
+    _sample("color", "a", 1, True),
+    _sample("color", "a", 0, True),
+    _sample("color", "b", 1, False),
+    _sample("color", "b", 1, True),
+    _sample("count", "c", 0, False, partial=0.25),
+    _sample("count", "c", 0, False, partial=0.25),
+]
+
+
+def _random(seed: int, rate: float, prompts: int = 60) -> list[Sample]:
+    rng = np.random.default_rng(seed)
+    ease = np.clip(rng.normal(rate, 0.3, prompts), 0, 1)
+    return [
+        _sample(("color", "count")[p % 2], f"p{p}", float(rng.random() < ease[p]), bool(rng.random() < rate))
+        for p in range(prompts)
+        for _ in range(4)
+    ]
+
+
+def test_numbers_by_hand() -> None:
+    result = summarise(ROWS, version=7, step=3)
+    assert (result["step"], result["version"], result["n_prompts"], result["images_per_prompt"]) == (3, 7, 3, 2)
+    assert (result["n_images"], result["unscored"]) == (6, 0)
+    assert result["strict"] == pytest.approx(3 / 6)
+    assert result["by_tag"] == {
+        "color": {"strict": 0.75, "n_prompts": 2, "n_images": 4},
+        "count": {"strict": 0.0, "n_prompts": 1, "n_images": 2},
+    }
+    assert result["task_mean"] == pytest.approx(0.375)
+    assert result["partial"] == pytest.approx((4 * 0.5 + 2 * 0.25) / 6)
+    assert result["reasoning_accuracy"] == pytest.approx(3 / 6)
+    assert result["image_given_reasoning"] == pytest.approx(2 / 3)
+
+
+def test_the_order_of_rows_does_not_matter_and_the_result_is_json() -> None:
+    result = summarise(ROWS, version=0)
+    assert summarise(ROWS[::-1], version=0) == result
+    assert json.loads(dump_json(result)) == result
+
+
+def test_without_right_or_judged_reasoning_the_numbers_are_none() -> None:
+    wrong = summarise([_sample("color", "a", 1, False)], version=0)
+    assert (wrong["reasoning_accuracy"], wrong["image_given_reasoning"]) == (0.0, None)
+    unjudged = summarise([_sample("color", "a", 1)], version=0)
+    assert (unjudged["reasoning_accuracy"], unjudged["image_given_reasoning"]) == (None, None)
+    assert [row[0] for row in table(unjudged)] == [
+        "Strict accuracy",
+        "Mean of task accuracies",
+        "Partial score",
+        "color",
+    ]
+
+
+def test_unscored_images_are_counted_and_left_out() -> None:
+    result = summarise([*ROWS, _sample("count", "c", math.nan, True, math.nan)], version=0)
+    assert (result["unscored"], result["n_images"], result["images_per_prompt"]) == (1, 6, 3)
+    assert result["strict"] == pytest.approx(0.5)
+    assert result["reasoning_accuracy"] == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="none of the 1 evaluated images was scored"):
+        summarise([_sample("count", "c", math.nan)], version=0)
+
+
+def test_interval_is_the_bootstrap_over_prompts() -> None:
+    rows = _random(0, 0.5)
+    result = summarise(rows, version=0)
+    by_prompt = np.array([row.strict for row in rows]).reshape(60, 4)
+    rng = np.random.default_rng(99)
+    slow = [by_prompt[rng.integers(60, size=60)].mean() for _ in range(4000)]
+    np.testing.assert_allclose(result["strict_interval"], np.percentile(slow, [2.5, 97.5]), atol=0.012)
+    # Resampling images would give a clearly narrower one.
+    low, high = result["strict_interval"]
+    assert high - low > 1.2 * 2 * 1.96 * np.sqrt(0.25 / 240)
+    assert summarise(rows, version=0)["strict_interval"] == result["strict_interval"]
+
+
+def test_a_certain_result_has_an_interval_without_width() -> None:
+    assert summarise([_sample("t", p, 1) for p in "abc"], version=0)["strict_interval"] == [1.0, 1.0]
+
+
+def test_comparison_pairs_prompts() -> None:
+    rows = _random(0, 0.4)
+    better = [
+        Sample(**{**vars(row), "strict": 1.0, "reasoning_correct": True}) if i % 4 == 0 else row
+        for i, row in enumerate(rows)
+    ]
+    before, after = summarise(rows, version=0), summarise(better, version=9)
+    change = compare(before, after)
+    strict = change["strict"]
+    assert strict["difference"] == pytest.approx(after["strict"] - before["strict"])
+    assert strict["interval"][0] < strict["difference"] < strict["interval"][1]
+    # The prompts' own spread cancels: the interval is narrower than either result's.
+    width = strict["interval"][1] - strict["interval"][0]
+    assert 0.02 < width < 0.7 * (before["strict_interval"][1] - before["strict_interval"][0])
+    assert change["reasoning_accuracy"]["interval"][0] > 0
+    assert change["by_tag"]["color"]["difference"] == pytest.approx(
+        after["by_tag"]["color"]["strict"] - before["by_tag"]["color"]["strict"]
+    )
+    same = compare(before, before)["strict"]
+    assert (same["difference"], same["interval"]) == (0.0, [0.0, 0.0])
+
+
+def test_comparison_uses_the_common_prompts() -> None:
+    before, after = summarise(ROWS, version=0), summarise([*ROWS[:2], _sample("new", "z", 1)], version=1)
+    change = compare(before, after)
+    assert change["n_prompts"] == 1
+    assert (change["strict"]["before"], change["strict"]["after"]) == (0.5, 0.5)
+    assert change["by_tag"]["new"] == {"before": None, "after": 1.0, "difference": None}
+    assert table(before, after)[-1] == ("new", "–", "100.0 %", "–")
+    with pytest.raises(ValueError, match="no prompt in common"):
+        compare(before, summarise([_sample("new", "z", 1)], version=1))
+
+
+def test_comparison_reads_back_from_json() -> None:
+    before, after = summarise(_random(0, 0.4), version=0), summarise(_random(1, 0.6), version=1)
+    assert compare(json.loads(dump_json(before)), json.loads(dump_json(after))) == compare(before, after)
+
+
+def test_markdown_has_every_row_and_column() -> None:
+    before, after = summarise(ROWS, version=0), summarise(_with(ROWS, strict=1.0), version=1)
+    alone = to_markdown(before)
+    assert alone.startswith("3 prompts x 2 images\n")
+    assert "| count | 0.0 % |\n" in alone
+    assert "| Reasoning accuracy | 50.0 % |\n" in alone
+    both = to_markdown(after, before)
+    assert "|  | before | after | difference |\n| --- | --- | --- | --- |\n| Strict accuracy | 50.0 % (" in both
+    assert "| count | 0.0 % | 100.0 % | +100.0 |\n" in both
+    assert (percent(None), percent(0.3125)) == ("–", "31.2 %")
+
+
+def _with(rows: list[Sample], **changes: Any) -> list[Sample]:
+    return [Sample(**{**vars(row), **changes}) for row in rows]
+
+
+def test_image_grid_places_groups_in_rows_and_chains_in_columns() -> None:
+    def group(*shades: int) -> Group:
+        empty = np.zeros((0, 1, 1), np.float32)
+        images = [
+            ImageSegment(
+                empty, empty, empty, empty[:, 0, 0], empty[:, 0, 0], np.full((4, 6, 3), s, np.uint8), (1, 1), 0
+            )
+            for s in shades
+        ]
+        return Group(Prompt("p", "p", {}), 0, tuple(Chain((image,), 0) for image in images))
+
+    grid = image_grid([group(10, 20, 30), group(40)], scale=2, gap=3)
+    assert grid.size == (3 + 3 * 15, 3 + 2 * 11)
+    assert [grid.getpixel((3 + 15 * x, 3))[0] for x in range(3)] == [10, 20, 30]
+    assert grid.getpixel((14, 3 + 11 + 7))[0] == 40
+    assert grid.getpixel((15, 3)) == (255, 255, 255)
+    assert grid.getpixel((18, 14)) == (255, 255, 255)

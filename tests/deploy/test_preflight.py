@@ -1,0 +1,102 @@
+"""What is found wrong before anything starts, and what a step's requests depend on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from golden_numbers import CHECKPOINT
+
+from common.bagel.config import CheckpointError
+from common.config import ConfigError, TrainConfig, validate
+from common.prompts import PromptOrder, read_prompts
+from common.types import RolloutRequest
+from deploy.preflight import check_inputs, check_resources, demands, describe
+from deploy.requests import evaluation_requests, training_requests
+
+TRAIN = Path(__file__).parents[2] / "common/shapes/data/train.jsonl"
+
+
+def config_with(**data: Any) -> TrainConfig:
+    return validate({"model": {"path": str(CHECKPOINT)}, **data})
+
+
+def test_too_few_cpus() -> None:
+    config = config_with(rollout={"replicas": 4, "cpus": 1.0}, learner={"ranks": 2, "cpus": 1.5})
+    needed = sum(demand.count * demand.cpus for demand in demands(config))
+    check_resources(config, {"CPU": needed})
+    with pytest.raises(ConfigError) as error:
+        check_resources(config, {"CPU": needed - 1})
+    for word in (f"ask for {needed:g} CPUs", "rollout 4 x 1", "learner 2 x 1.5", f"has {needed - 1:g}", "lower"):
+        assert word in str(error.value)
+
+
+def test_no_gpu_where_one_is_asked_for() -> None:
+    config = config_with(rollout={"gpus": 1, "tensor_parallel": 2, "replicas": 1})
+    with pytest.raises(ConfigError, match=r"ask for 2 GPUs \(rollout 1 x 2.*the cluster has 0"):
+        check_resources(config, {"CPU": 100.0})
+    check_resources(config, {"CPU": 100.0, "GPU": 2.0})
+
+
+def test_missing_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nowhere does not exist"):
+        check_inputs(config_with(model={"path": "nowhere"}))
+    with pytest.raises(CheckpointError, match=r"config\.json is missing"):
+        check_inputs(config_with(model={"path": str(tmp_path)}))
+
+
+def test_image_that_does_not_fit_the_model() -> None:
+    with pytest.raises(ConfigError, match=r"model.height x model.width: image size 33x32 is not a multiple"):
+        check_inputs(config_with(model={"path": str(CHECKPOINT), "height": 33, "width": 32}))
+
+
+def test_more_prompts_per_step_than_there_are(tmp_path: Path) -> None:
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(TRAIN.read_text().splitlines(keepends=True)[:3]))
+    with pytest.raises(ConfigError, match=r"data.prompts_per_step is 8 but .*few.jsonl has 3 prompts"):
+        check_inputs(config_with(model={"path": str(CHECKPOINT), "height": 32, "width": 32}, data={"train": str(few)}))
+
+
+def test_description_says_the_arithmetic() -> None:
+    text = describe(config_with(data={"prompts_per_step": 4, "group_size": 6}, objective={"epochs": 2}))
+    assert "4 prompts x 6 chains = 24 chains per step" in text
+    assert "2 epochs x 1 minibatches = 2 optimizer steps per step" in text
+    assert "11 time points = 10 denoising steps, 3 of them trained, first of them 0..2" in text
+
+
+@pytest.fixture(scope="module")
+def order() -> PromptOrder:
+    return PromptOrder(read_prompts(TRAIN)[:40], 8, seed=0)
+
+
+def test_requests_of_a_step_depend_on_the_step_alone(order: PromptOrder) -> None:
+    config = config_with()
+    steps = [training_requests(config, order, step) for step in range(6)]
+    assert training_requests(config, order, 3) == steps[3]
+    assert [request.prompt for request in steps[2]] == order.batch(2)
+
+
+def test_seeds_are_unique_and_windows_are_drawn_per_group(order: PromptOrder) -> None:
+    """A window that a seed of the run or of the rank fixes would train three steps for ever."""
+    config = config_with()
+    requests: list[RolloutRequest] = [r for step in range(30) for r in training_requests(config, order, step)]
+    evaluation = evaluation_requests(config, order.prompts)
+    seeds = [seed for request in [*requests, *evaluation] for seed in request.seeds]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    windows = [request.window for request in requests]
+    assert set(windows) == {(0, 3), (1, 3), (2, 3)}
+    assert min(windows.count(window) for window in set(windows)) > len(windows) / 5
+    assert any(len({r.window for r in training_requests(config, order, step)}) > 1 for step in range(3))
+    assert {request.window for request in evaluation} == {None}
+    assert {request.points for request in evaluation} == {config.evaluation.points}
+
+
+def test_another_seed_gives_another_run(order: PromptOrder) -> None:
+    one, other = (training_requests(config_with(seed=seed), order, 0) for seed in (0, 1))
+    assert not {s for r in one for s in r.seeds} & {s for r in other for s in r.seeds}
+    # Evaluation is the same for every run, so that checkpoints can be compared.
+    assert evaluation_requests(config_with(seed=0), order.prompts) == evaluation_requests(
+        config_with(seed=1), order.prompts
+    )
