@@ -256,7 +256,8 @@ class TrainConfig(Section):
     max_staleness: Annotated[int, Field(ge=0)] = 0
     """How many versions a rollout may be behind the update that uses it; 0 is on-policy."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """What to do when a loss or gradient is NaN or infinite; the weights are never touched."""
+    """What to do when a reward, a loss or a gradient is NaN or infinite: stop, or leave the chains or the update out
+    and count them; the weights are never touched."""
     model: Model = Model()
     data: Data = Data()
     sampling: Sampling = Sampling()

@@ -21,6 +21,7 @@ METRICS: dict[str, str] = {
     "reward/std": "Standard deviation of the reward over the step's scored chains.",
     "reward/zero_variance_groups": "Groups whose rewards are all equal and which therefore teach nothing.",
     "reward/masked_chains": "Chains that could not be scored and are left out of the update.",
+    "reward/nonfinite": "Scores that were NaN or infinite; those chains are left out of the update.",
     "reward/<scorer>": "Mean reward of one scorer before its weight; <scorer>/NAME is one of its components.",
     "advantage/abs_mean": "Mean absolute advantage after clipping.",
     "text/ratio_mean": "Mean importance ratio of the reasoning tokens.",

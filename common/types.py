@@ -14,6 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+class NonFiniteError(RuntimeError):
+    """A reward, a loss or a gradient is NaN or infinite and on_nonfinite is stop; the weights are as they were."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One line of a prompt file: the text, its GenEval-like metadata (tag, include, exclude), and a unique id."""
@@ -98,13 +102,14 @@ class RolloutRequest:
 
 @dataclass(frozen=True)
 class Rewards:
-    """Scores of one group's chains by one scorer. values [G] fp32, NaN where a chain could not be scored;
-    components: further columns for the record (never trained on)."""
+    """Scores of one group's chains by one scorer. values [G] fp32, NaN where a chain could not be scored; nonfinite:
+    how many of those are because the scorer said NaN or infinity; components: further columns for the record (never
+    trained on)."""
 
     scorer: str
     values: NDArray[np.float32]
     components: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
-    errors: int = 0
+    nonfinite: int = 0
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from common.config import (
     to_yaml,
     validate,
 )
+from common.types import NonFiniteError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
@@ -128,7 +129,7 @@ def schema() -> None:
 
 
 def main() -> None:
-    """Entry point: bad input is one line on stderr and exit code 2."""
+    """Entry point: bad input is one line on stderr and exit code 2; a run that stops over NaN or infinity, code 1."""
     if not os.environ.get("RAY_ADDRESS"):
         # A Ray of this machine alone listens on loopback; read when Ray is imported, and named after its first use.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
@@ -140,6 +141,9 @@ def main() -> None:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except NonFiniteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

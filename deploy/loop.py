@@ -96,6 +96,7 @@ def _describe(scored: Scored, batch: Batch, replicas: int, updated: dict[str, fl
     return {
         "reward/mean": float(np.nanmean(total)),
         "reward/std": float(np.nanstd(total)),
+        "reward/nonfinite": float(scored.nonfinite),
         **spread,
         **extra,
         "text/tokens_mean": tokens / max(chains, 1),

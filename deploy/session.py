@@ -133,7 +133,7 @@ def open_session(config: TrainConfig, resume: bool = False) -> Iterator[Session]
         stack.callback(learner.close)
         rollout = RolloutPool(config)
         stack.callback(rollout.close)
-        rewards = RewardPool(config.rewards, config.run_name)
+        rewards = RewardPool(config.rewards, config.run_name, config.on_nonfinite)
         stack.callback(rewards.close)
         learner.wait_ready()
         learner.check_sees(run.config)

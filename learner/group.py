@@ -14,16 +14,12 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from common.config import ConfigError, TrainConfig
 from common.runtime import free_port, thread_env
-from common.types import WeightManifest
+from common.types import NonFiniteError, WeightManifest
 from learner.actor import LearnerRank
 
 
 class LearnerError(RuntimeError):
     """An update or collective that did not finish."""
-
-
-class NonFiniteError(LearnerError):
-    """A loss or gradient was NaN or infinite and the configuration says to stop."""
 
 
 @ray.remote(num_cpus=0)

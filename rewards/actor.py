@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,34 +20,27 @@ class RewardActor:
         """ConfigError for an unknown scorer, bad options or missing files."""
         self._name = scorer_name
         self._scorer = build(scorer_name, options)
+        self._start = uuid.uuid4().hex
 
-    def ping(self) -> None:
-        """Returns when the actor is up."""
+    def ping(self) -> str:
+        """Answers when the actor is up: which start of it this is."""
+        return self._start
 
     def score(self, group: Group) -> Rewards:
-        """Scores of the last image of each of the group's G chains. ValueError if the scorer broke its contract:
-        values of another shape than [G], or NaN or infinite where it did not say unscorable."""
+        """Scores of the last image of each of the group's G chains; NaN or infinite ones are counted and become NaN.
+        ValueError if the scorer broke its contract: values of another shape than [G]."""
         images = np.stack([chain.image.pixels for chain in group.chains])
         output = self._scorer.score(images, [group.prompt] * len(group.chains))
         values = self._column("values", output.values, len(group.chains))
         unscorable = np.zeros(len(values), bool)
         unscorable[list(output.unscorable)] = True
-        self._require_finite(group, values, unscorable)
-        values[unscorable] = np.nan
+        nonfinite = ~np.isfinite(values) & ~unscorable
+        values[unscorable | nonfinite] = np.nan
         components = {name: self._column(name, column, len(values)) for name, column in output.components.items()}
-        return Rewards(self._name, values, components, errors=int(unscorable.sum()))
+        return Rewards(self._name, values, components, int(nonfinite.sum()))
 
     def _column(self, name: str, column: NDArray[np.floating], size: int) -> NDArray[np.float32]:
         array = np.array(column, np.float32)
         if array.shape != (size,):
             raise ValueError(f"reward {self._name}: {name} has the shape {list(array.shape)}; give [{size}]")
         return array
-
-    def _require_finite(self, group: Group, values: NDArray[np.float32], unscorable: NDArray[np.bool_]) -> None:
-        wrong = np.flatnonzero(~np.isfinite(values) & ~unscorable)
-        if len(wrong):
-            first = int(wrong[0])
-            raise ValueError(
-                f"reward {self._name}: the value of chain {first} of prompt {group.prompt.id} is {values[first]}; "
-                "a scorer names images it cannot judge in unscorable"
-            )

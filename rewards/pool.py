@@ -6,13 +6,14 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import ray
 from numpy.typing import NDArray
 
 from common import config
-from common.types import Group, Rewards
+from common.types import Group, NonFiniteError, Rewards
 from rewards.replicas import Outcome, Replicas
 from rewards.scorer import check
 
@@ -22,14 +23,15 @@ class Scored:
     """Scores of B groups of G chains.
 
     total [B, G] float64: the weighted sum, NaN where a scorer of non-zero weight has no score; by_scorer [B, G] fp32 by
-    reward name; components [B, G] fp32 by "reward/column"; errors: chains without a score of some scorer; seconds: from
-    the first group's start to the last score.
+    reward name; components [B, G] fp32 by "reward/column"; errors: chains without a score of some scorer; nonfinite:
+    scores that were NaN or infinite; seconds: from the first group's start to the last score.
     """
 
     total: NDArray[np.float64]
     by_scorer: Mapping[str, NDArray[np.float32]]
     components: Mapping[str, NDArray[np.float32]]
     errors: int
+    nonfinite: int
     seconds: float
 
 
@@ -45,11 +47,13 @@ class Ticket:
 class RewardPool:
     """The actors of every scorer, supervised from the driver, which handles references and scores only."""
 
-    def __init__(self, scorers: tuple[config.Scorer, ...], run_name: str = "") -> None:
+    def __init__(
+        self, scorers: tuple[config.Scorer, ...], run_name: str = "", on_nonfinite: Literal["stop", "skip"] = "stop"
+    ) -> None:
         """Starts the actors, named after the run, and waits until all are up. ConfigError for an unknown reward, bad
         options or missing files; RuntimeError if the cluster has no room."""
         check(scorers)
-        self._scorers = scorers
+        self._scorers, self._on_nonfinite = scorers, on_nonfinite
         self._replicas: list[Replicas] = []
         try:
             for scorer in scorers:
@@ -67,7 +71,8 @@ class RewardPool:
 
     def finish(self, tickets: Sequence[Ticket]) -> Scored:
         """Waits for the scores of groups of equal size, in their order. ValueError for none or unequal ones;
-        RuntimeError if a scorer has lost all its actors for good."""
+        NonFiniteError if a score was NaN or infinite and on_nonfinite is stop; RuntimeError if a scorer has lost all
+        its actors for good."""
         sizes = sorted({ticket.size for ticket in tickets})
         if len(sizes) != 1:
             raise ValueError(f"tickets are of groups with {sizes} chains; give at least one, all of the same size")
@@ -75,12 +80,14 @@ class RewardPool:
         outcomes = [[future.result() for future in ticket.outcomes] for ticket in tickets]
         total = np.zeros((len(tickets), size))
         failed = np.zeros(total.shape, bool)
+        nonfinite = 0
         by_scorer: dict[str, NDArray[np.float32]] = {}
         components: dict[str, NDArray[np.float32]] = {}
         for scorer, column in zip(self._scorers, zip(*outcomes, strict=True), strict=True):
             rewards = [outcome.rewards for outcome in column]
             if wrong := [len(r.values) for r in rewards if r is not None and len(r.values) != size]:
                 raise ValueError(f"a group was started with size {size} but has {wrong[0]} chains; correct size")
+            nonfinite += self._nonfinite(scorer, rewards)
             values = _stack([r and r.values for r in rewards], size)
             by_scorer[scorer.name] = values
             failed |= np.isnan(values)
@@ -90,7 +97,16 @@ class RewardPool:
                 components[f"{scorer.name}/{name}"] = _stack([r and r.components.get(name) for r in rewards], size)
         last = max(outcome.finished for row in outcomes for outcome in row)
         seconds = last - min(ticket.started for ticket in tickets)
-        return Scored(total, by_scorer, components, int(failed.sum()), seconds)
+        return Scored(total, by_scorer, components, int(failed.sum()), nonfinite, seconds)
+
+    def _nonfinite(self, scorer: config.Scorer, rewards: Iterable[Rewards | None]) -> int:
+        count = sum(r.nonfinite for r in rewards if r is not None)
+        if count and self._on_nonfinite == "stop":
+            raise NonFiniteError(
+                f"reward {scorer.name}: {count} scores are NaN or infinite. Let the scorer name images that it cannot "
+                "judge in unscorable, or set on_nonfinite=skip to leave such chains out"
+            )
+        return count
 
     def score(self, groups: Sequence[ray.ObjectRef[Group]], sizes: Sequence[int]) -> Scored:
         """Scores groups of `sizes` chains: `start` for each, then `finish`."""

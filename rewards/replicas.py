@@ -88,7 +88,7 @@ class Replicas:
         cluster does not start the actors in time."""
         name = self.scorer.name
         try:
-            ray.get([actor.ping.remote() for actor in self._actors], timeout=START_TIMEOUT_S)
+            self._starts: list[str] = ray.get([actor.ping.remote() for actor in self._actors], timeout=START_TIMEOUT_S)
         except GetTimeoutError as error:
             raise RuntimeError(
                 f"reward {name}: {self.scorer.replicas} actors, each with {self.scorer.cpus} CPUs and "
@@ -147,9 +147,26 @@ class Replicas:
         except RayError as error:  # recovered from: tried again, in the end masked
             if isinstance(error, GetTimeoutError) and not self._closed:
                 ray.kill(actor, no_restart=False)
+            elif isinstance(error, RayActorError) and self._still_up(index):
+                # Late news of an earlier death: this group has not been tried.
+                self._put_back(job)
+                return False
             return self._fail(index, job, error)
         job.future.set_result(Outcome(rewards, time.monotonic()))
         return False
+
+    def _still_up(self, index: int) -> bool:
+        """Whether the actor is the one that the last ping found."""
+        try:
+            start: str = ray.get(self._actors[index].ping.remote(), timeout=_PING_S)
+        except RayError:  # recovered from: it is not
+            return False
+        return start == self._starts[index]
+
+    def _put_back(self, job: _Job) -> None:
+        with self._changed:
+            self._jobs.appendleft(job)
+            self._changed.notify_all()
 
     def _take(self, index: int) -> _Job | None:
         """Waits for the first group that has not failed here, or has failed on every live replica. None: stop."""
@@ -189,7 +206,7 @@ class Replicas:
         problem = f"not restarted within {START_TIMEOUT_S:.0f} s"
         while time.monotonic() < give_up:
             try:
-                ray.get(self._actors[index].ping.remote(), timeout=_PING_S)
+                self._starts[index] = ray.get(self._actors[index].ping.remote(), timeout=_PING_S)
             except RayError as error:  # recovered from: Ray is still restarting it
                 if isinstance(error, RayActorError) and error.actor_init_failed:
                     problem = _last(error)

@@ -32,8 +32,9 @@ class NoOptions(Section):
 
 @dataclass(frozen=True)
 class ScorerOutput:
-    """Scores of G images. values [G] fp32, finite except where unscorable; components: further columns [G] fp32 for
-    the record; unscorable: indices of the images this scorer cannot judge, which are masked, not scored 0."""
+    """Scores of G images. values [G] fp32, of which NaN or infinity stops the run or is masked, as on_nonfinite says;
+    components: further columns [G] fp32 for the record; unscorable: indices of the images this scorer cannot judge,
+    which are masked, not scored 0."""
 
     values: NDArray[np.float32]
     components: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)

@@ -27,7 +27,8 @@ class FirstByte(Scorer):
 
 
 class Faulty(FirstByte):
-    """Does what metadata["do"] says: raise, hang, die once (leaving the file metadata["mark"]), be nan or skip."""
+    """Does what metadata["do"] says: raise, hang, die once (leaving the file metadata["mark"]), be
+    misshapen, give metadata["value"] or skip."""
 
     def score(self, images: NDArray[np.uint8], prompts: list[Prompt]) -> ScorerOutput:
         metadata = prompts[0].metadata
@@ -40,8 +41,10 @@ class Faulty(FirstByte):
             case "die" if not Path(metadata["mark"]).exists():
                 Path(metadata["mark"]).touch()
                 os._exit(1)
-            case "nan":
-                output.values[0] = np.nan
+            case "misshapen":
+                return ScorerOutput(output.values[1:])
+            case "value":
+                output.values[0] = metadata["value"]
             case "skip":
                 return ScorerOutput(output.values, unscorable=(1,))
         return output

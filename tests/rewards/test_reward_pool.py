@@ -13,7 +13,7 @@ import ray
 
 from common.config import ConfigError, Scorer
 from common.shapes.scene import Item, Scene, render
-from common.types import Chain, Group, ImageSegment, Prompt
+from common.types import Chain, Group, ImageSegment, NonFiniteError, Prompt
 from rewards.pool import RewardPool
 
 FAULTY = "tests.rewards.faulty_scorers:Faulty"
@@ -41,8 +41,10 @@ def start(local_ray: None) -> Iterator[Start]:
     """Starts pools of cheap actors, and ends them."""
     pools: list[RewardPool] = []
 
-    def start(*scorers: dict[str, Any]) -> RewardPool:
-        pools.append(RewardPool(tuple(Scorer(**{"cpus": 0.1, **scorer}) for scorer in scorers)))
+    def start(*scorers: dict[str, Any], **settings: Any) -> RewardPool:
+        for pool in pools:
+            pool.close()
+        pools.append(RewardPool(tuple(Scorer(**{"cpus": 0.1, **scorer}) for scorer in scorers), **settings))
         return pools[-1]
 
     yield start
@@ -81,13 +83,13 @@ def test_a_killed_actor_costs_nothing_but_time(start: Start) -> None:
 
 
 def test_faults_mask_their_own_group_only(start: Start, tmp_path: Path) -> None:
-    pool = start({"name": FAULTY, "replicas": 2, "retries": 1, "deadline_s": 1.5}, {"name": "shapes"})
+    pool = start({"name": FAULTY, "replicas": 2, "retries": 1, "deadline_s": 5}, {"name": "shapes"})
     mark = str(tmp_path / "died")
     faults: list[dict[str, Any]] = [
         {},
         {"do": "raise"},
         {"do": "hang"},
-        {"do": "nan"},
+        {"do": "misshapen"},
         {"do": "skip"},
         {"do": "die", "mark": mark},
         {},
@@ -101,6 +103,16 @@ def test_faults_mask_their_own_group_only(start: Start, tmp_path: Path) -> None:
     assert not np.isnan(scored.by_scorer["shapes"]).any()
     assert scored.errors == 3 * G + 1
     assert Path(mark).exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scores_that_are_not_finite_stop_or_are_left_out(start: Start, value: float) -> None:
+    groups = [_flat(0, do="value", value=value), _flat(10)]
+    with pytest.raises(NonFiniteError, match=f"reward {FAULTY}: 1 scores are NaN or infinite"):
+        start({"name": FAULTY}).score(groups, [G, G])
+    scored = start({"name": FAULTY}, on_nonfinite="skip").score(groups, [G, G])
+    np.testing.assert_array_equal(scored.total, [[np.nan, 1, 2], [10, 11, 12]])
+    assert scored.nonfinite == scored.errors == 1
 
 
 def test_a_single_replica_serves_on_after_a_hang(start: Start) -> None:

@@ -1,0 +1,26 @@
+"""What a process learns of its machine."""
+
+from __future__ import annotations
+
+import errno
+import socket
+
+import pytest
+
+from common.config import ConfigError
+from common.runtime import free_port
+
+
+def test_a_free_port_can_be_listened_on() -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", free_port()))
+        server.listen()
+
+
+def test_no_free_port_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: socket.socket, address: object) -> None:
+        raise OSError(errno.EADDRINUSE, "Address already in use")
+
+    monkeypatch.setattr(socket.socket, "bind", full)
+    with pytest.raises(ConfigError, match=r"no free TCP port .*Address already in use.*ip_local_port_range"):
+        free_port()
