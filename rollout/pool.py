@@ -6,7 +6,11 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import ray
@@ -43,7 +47,7 @@ class Batch:
 
     groups: list[ray.ObjectRef | None]
     sizes: list[int]
-    open: int
+    arrived: deque[int] = field(default_factory=deque)
     stats: list[RolloutStats] = field(default_factory=list)
     error: Exception | None = None
     started: float = field(default_factory=time.monotonic)
@@ -53,8 +57,8 @@ class Batch:
     def finish(self, place: int, refs: list[ray.ObjectRef], stats: RolloutStats) -> None:
         with self.changed:
             self.groups[place : place + len(refs)] = refs
+            self.arrived.extend(range(place, place + len(refs)))
             self.stats.append(stats)
-            self.open -= 1
             self.finished = time.monotonic()
             self.changed.notify_all()
 
@@ -63,21 +67,20 @@ class Batch:
             self.error = error
             self.changed.notify_all()
 
-    def arrivals(self, deadline_s: float) -> Any:
-        """Yields (position, group reference) as groups become ready; RolloutError if the work failed or stalls."""
-        given: set[int] = set()
-        while len(given) < len(self.groups):
+    def arrivals(self, deadline_s: float) -> Iterator[tuple[int, ray.ObjectRef]]:
+        """Yields (position, group reference) once each as groups become ready; RolloutError if the work failed or
+        stalls."""
+        for _ in self.groups:
             with self.changed:
-                ready = [i for i, ref in enumerate(self.groups) if ref is not None and i not in given]
-                if not ready:
+                while not self.arrived:
                     if self.error:
                         raise RolloutError(str(self.error)) from self.error
                     if not self.changed.wait(deadline_s):
                         raise RolloutError(f"no replica finished a group for {deadline_s:.0f} s (rollout.deadline_s)")
-                    continue
-            for i in ready:
-                given.add(i)
-                yield i, self.groups[i]
+                place = self.arrived.popleft()
+            ref = self.groups[place]
+            assert ref is not None
+            yield place, ref
 
     @property
     def refs(self) -> list[ray.ObjectRef]:
@@ -108,22 +111,28 @@ class Replica:
             .remote(config)
         )
         self.work: Work | None = None
-        self.stats_ref: ray.ObjectRef | None = None
-        self.refs: list[ray.ObjectRef] = []
-        self.returning: ray.ObjectRef | None = None
+        self.returning = False
 
 
 class RolloutPool:
-    """Starts the replicas, hands out work, keeps every replica at the current weights."""
+    """Starts the replicas, hands out work, keeps every replica at the current weights.
+
+    Ray tells of finished calls through futures, whose callbacks put what is to be done into one queue, which one thread
+    empties. So an event costs the driver the same however many replicas there are.
+    """
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
         self.replicas = [Replica(config, i) for i in range(config.rollout.replicas)]
+        self.idle: deque[Replica] = deque(self.replicas)
         self.queue: deque[Work] = deque()
         self.lock = threading.Lock()
         self.weights: tuple[WeightManifest, ray.ObjectRef] | None = None
         self.stopping = threading.Event()
-        self.wake = threading.Event()
+        self.events: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        # Both in the order of their times, as each has one delay for all.
+        self.deadlines: deque[tuple[float, Replica, Work]] = deque()
+        self.later: deque[tuple[float, Callable[[], None]]] = deque()
         self.thread = threading.Thread(target=self._run, name="rollout-pool", daemon=True)
 
     def wait_ready(self) -> None:
@@ -146,13 +155,13 @@ class RolloutPool:
         started = time.monotonic()
         with self.lock:
             self.weights = (manifest, buffer)
-            present = [replica for replica in self.replicas if replica.returning is None]
+            present = [replica for replica in self.replicas if not replica.returning]
             acks = [(replica, replica.handle.load_weights.remote(manifest, buffer)) for replica in present]
         for replica, ack in acks:
             try:
                 held = ray.get(ack, timeout=self.config.rollout.deadline_s)
             except RayActorError:
-                self._lost(replica)
+                self.events.put(partial(self._lost, replica))
                 continue
             except ray.exceptions.GetTimeoutError as error:
                 raise RolloutError(
@@ -167,16 +176,15 @@ class RolloutPool:
         """Queues groups; returns at once."""
         size = self.config.rollout.groups_per_call
         pieces = [(i, requests[i : i + size]) for i in range(0, len(requests), size)]
-        batch = Batch([None] * len(requests), [len(r.seeds) for r in requests], len(pieces))
-        with self.lock:
-            self.queue.extend(Work(piece, batch, place) for place, piece in pieces)
-        self.wake.set()
+        batch = Batch([None] * len(requests), [len(r.seeds) for r in requests])
+        works = [Work(piece, batch, place) for place, piece in pieces]
+        self.events.put(lambda: self.queue.extend(works))
         return batch
 
     def close(self) -> None:
         """Ends every replica."""
         self.stopping.set()
-        self.wake.set()
+        self.events.put(lambda: None)
         if self.thread.is_alive():
             self.thread.join(timeout=5)
         for replica in self.replicas:
@@ -184,79 +192,76 @@ class RolloutPool:
 
     def _run(self) -> None:
         while not self.stopping.is_set():
-            with self.lock:
-                for replica in self.replicas:
-                    if replica.work is None and replica.returning is None and self.queue:
-                        self._assign(replica, self.queue.popleft())
-                waiting = {r.stats_ref: r for r in self.replicas if r.stats_ref is not None}
-                returning = {r.returning: r for r in self.replicas if r.returning is not None}
-            refs = [*waiting, *returning]
-            if not refs:
-                self.wake.wait(POLL_S)
-                self.wake.clear()
-                continue
-            done, _ = ray.wait(refs, num_returns=1, timeout=POLL_S)
-            for ref in done:
-                if ref in waiting:
-                    self._collect(waiting[ref])
-                else:
-                    self._rejoin(returning[ref])
-            self._check_deadlines()
+            with suppress(Empty):
+                self.events.get(timeout=POLL_S)()
+            now = time.monotonic()
+            while self.later and self.later[0][0] <= now:
+                self.later.popleft()[1]()
+            self._check_deadlines(now)
+            while self.queue and self.idle:
+                self._assign(self.idle.popleft(), self.queue.popleft())
+
+    def _then(self, ref: ray.ObjectRef, act: Callable[[ray.ObjectRef], None]) -> None:
+        """Has the pool's thread act on a call's outcome once there is one."""
+        ref.future().add_done_callback(lambda _: self.events.put(lambda: act(ref)))
 
     def _assign(self, replica: Replica, work: Work) -> None:
         call = replica.handle.generate.options(num_returns=1 + len(work.requests))
-        replica.stats_ref, *replica.refs = call.remote(work.requests)
+        stats, *groups = call.remote(work.requests)
         replica.work, work.started, work.attempts = work, time.monotonic(), work.attempts + 1
+        self.deadlines.append((work.started + self.config.rollout.deadline_s, replica, work))
+        self._then(stats, lambda outcome: self._collect(replica, work, outcome, groups))
 
-    def _collect(self, replica: Replica) -> None:
-        work, stats_ref, refs = replica.work, replica.stats_ref, replica.refs
-        assert work is not None and stats_ref is not None
-        replica.work, replica.stats_ref, replica.refs = None, None, []
+    def _collect(self, replica: Replica, work: Work, outcome: ray.ObjectRef, groups: list[ray.ObjectRef]) -> None:
+        replica.work = None
         try:
-            stats = ray.get(stats_ref)
+            stats = ray.get(outcome)
         except RayActorError:
             self._retry(work, f"{replica.name} died")
             self._lost(replica)
         except RayTaskError as error:
             self._retry(work, f"{replica.name}: {error.cause}")
+            self.idle.append(replica)
         else:
-            work.batch.finish(work.place, refs, stats)
+            work.batch.finish(work.place, groups, stats)
+            self.idle.append(replica)
 
     def _retry(self, work: Work, reason: str) -> None:
         if work.attempts >= MAX_ATTEMPTS:
             work.batch.fail(RolloutError(f"rollout failed {work.attempts} times, last: {reason}"))
             return
         log.warning("rollout work goes to another replica: %s", reason)
-        with self.lock:
-            self.queue.appendleft(work)
+        self.queue.appendleft(work)
 
     def _lost(self, replica: Replica) -> None:
         """Ray rebuilds the actor; it rejoins once it has acknowledged the current weights."""
         with self.lock:
-            if replica.returning is None:
+            if not replica.returning:
+                replica.returning = True
+                if replica in self.idle:
+                    self.idle.remove(replica)
                 arguments = self.weights
-                replica.returning = (
-                    replica.handle.load_weights.remote(*arguments) if arguments else replica.handle.ping.remote()
-                )
+                ref = replica.handle.load_weights.remote(*arguments) if arguments else replica.handle.ping.remote()
+                self._then(ref, lambda outcome: self._rejoin(replica, outcome))
 
-    def _rejoin(self, replica: Replica) -> None:
-        ref, replica.returning = replica.returning, None
-        assert ref is not None
+    def _rejoin(self, replica: Replica, outcome: ray.ObjectRef) -> None:
+        replica.returning = False
         try:
-            held = ray.get(ref)
+            held = ray.get(outcome)
         except (RayActorError, RayTaskError) as error:
             log.debug("%s cannot rejoin yet: %s", replica.name, error)
-            self.stopping.wait(POLL_S)  # while Ray rebuilds the actor, calls to it fail at once
-            self._lost(replica)
+            # While Ray rebuilds the actor, calls to it fail at once.
+            self.later.append((time.monotonic() + POLL_S, lambda: self._lost(replica)))
             return
         if self.weights and held != self.weights[0].checksum:
             # A newer version was published while it was loading.
             self._lost(replica)
+        elif replica.work is None:
+            self.idle.append(replica)
 
-    def _check_deadlines(self) -> None:
-        now = time.monotonic()
-        for replica in self.replicas:
-            if replica.work and now - replica.work.started > self.config.rollout.deadline_s:
-                log.warning("%s made no progress for %.0f s; restarting it", replica.name, now - replica.work.started)
+    def _check_deadlines(self, now: float) -> None:
+        while self.deadlines and self.deadlines[0][0] <= now:
+            due, replica, work = self.deadlines.popleft()
+            if replica.work is work and work.started + self.config.rollout.deadline_s == due:
+                log.warning("%s made no progress for %.0f s; restarting it", replica.name, now - work.started)
                 ray.kill(replica.handle, no_restart=False)
-                replica.work.started = now
