@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from common.config import ConfigError, TrainConfig, resolve_path
+from common.config import ConfigError, TrainConfig
 from common.runtime import thread_env
 from common.types import Group, Prompt, RolloutRequest, chain_seed
 from deploy.preflight import check_lengths, local_cpus
@@ -14,17 +14,16 @@ from deploy.preflight import check_lengths, local_cpus
 
 def run_generate(config: TrainConfig, prompt: str, number: int, out: Path, seed: int) -> None:
     """Writes image-0.png ... and generated.json (prompt, reasoning, seeds) to `out`; prints the reasoning."""
-    from common.bagel.checkpoint import check
+    from common.policy import outline
 
     if not prompt.strip():
         raise ConfigError("prompt is empty; say what to draw")
     if out.exists() and not out.is_dir():
         raise ConfigError(f"-o {out} is a file; give a directory")
-    model = resolve_path(config.model.path)
-    sizes = check(model)
-    sizes.grid(config.model.height, config.model.width)
+    model = outline(config.model)
+    model.grid(config.model.height, config.model.width)
     asked = Prompt("generate", prompt, {})
-    check_lengths(config, model, sizes, [asked])
+    check_lengths(config, model, [asked])
     os.environ.update(thread_env(local_cpus()))
     from rollout.actor import RolloutReplica
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.config import ConfigError, TrainConfig, resolve_path
@@ -14,14 +13,13 @@ from common.types import Prompt
 from rewards.scorer import check, scorer_class
 
 if TYPE_CHECKING:
-    from common.bagel.config import BagelConfig
+    from common.policy import Outline
 
 
 @dataclass(frozen=True)
 class Inputs:
     """What a run reads: checked."""
 
-    model: Path
     train: list[Prompt]
     heldout: list[Prompt]
 
@@ -54,12 +52,11 @@ def demands(config: TrainConfig) -> list[Demand]:
 
 def check_inputs(config: TrainConfig) -> Inputs:
     """Reads prompts, looks at the checkpoint and the scorers. ConfigError or CheckpointError."""
-    from common.bagel.checkpoint import check as check_checkpoint
+    from common.policy import outline
 
-    model = resolve_path(config.model.path)
-    sizes = check_checkpoint(model)
+    model = outline(config.model)
     try:
-        sizes.grid(config.model.height, config.model.width)
+        model.grid(config.model.height, config.model.width)
     except ValueError as error:
         raise ConfigError(f"model.height x model.width: {error}") from error
     check(config.rewards)
@@ -69,7 +66,7 @@ def check_inputs(config: TrainConfig) -> Inputs:
         raise ConfigError(
             f"data.prompts_per_step is {config.data.prompts_per_step} but {config.data.train} has {len(train)} prompts"
         )
-    check_lengths(config, model, sizes, [*train, *heldout])
+    check_lengths(config, model, [*train, *heldout])
     for scorer in config.rewards:
         for file, prompts in ((config.data.train, train), (config.data.heldout, heldout)):
             for prompt in prompts:
@@ -79,23 +76,22 @@ def check_inputs(config: TrainConfig) -> Inputs:
                     raise ConfigError(
                         f"{file}: prompt {prompt.id}: {error} (needed by reward {scorer.name})"
                     ) from error
-    return Inputs(model, train, evenly(heldout, config.evaluation.prompts))
+    return Inputs(train, evenly(heldout, config.evaluation.prompts))
 
 
-def check_lengths(config: TrainConfig, model: Path, sizes: BagelConfig, prompts: list[Prompt]) -> None:
+def check_lengths(config: TrainConfig, model: Outline, prompts: list[Prompt]) -> None:
     """ConfigError for the first prompt that the reasoning engine would refuse in the middle of a run."""
-    from common.bagel.text import ChatTokenizer, system_prompt
+    from common.bagel.text import system_prompt
 
-    sampling, positions = config.sampling, sizes.llm_config.max_position_embeddings
+    sampling, positions = config.sampling, model.positions
     if sampling.max_prompt_tokens + sampling.max_tokens > positions:
         raise ConfigError(
             f"sampling.max_prompt_tokens {sampling.max_prompt_tokens} + sampling.max_tokens {sampling.max_tokens} "
-            f"exceed the {positions} positions of {model} (max_position_embeddings); lower one of them"
+            f"exceed the {positions} positions of {config.model.path} (max_position_embeddings); lower one of them"
         )
-    chat = ChatTokenizer.read(model, sizes.llm_config.vocab_size)
     system = system_prompt(config.model.system_prompt)
     for prompt in prompts:
-        length = len(chat.prompt_ids(prompt.text, system))
+        length = len(model.chat.prompt_ids(prompt.text, system))
         if length > sampling.max_prompt_tokens:
             raise ConfigError(
                 f"prompt {prompt.id} has {length} tokens, more than sampling.max_prompt_tokens = "

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from common import flow
 from common.advantage import group_advantages
-from common.bagel import checkpoint as store
-from common.config import TrainConfig, resolve_path
+from common.config import TrainConfig
+from common.policy import open_policy
 from common.records import write_groups
 from common.types import Group, WeightManifest
 from common.weights import pack
@@ -33,19 +33,19 @@ class LearnerRank:
         torch.manual_seed(config.seed)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = device
-        initial = resolve_path(config.model.path)
-        # ZeRO keeps a full copy of the weights on every rank and fills it from the module it is given.
-        self.checkpoint = store.load(Path(resume) / "policy" if resume else initial, torch.float32, device)
+        # ZeRO keeps a full copy of the weights on every rank and fills it from the module it is given. A resumed run
+        # starts here too: what it trained comes with the masters.
+        self.checkpoint = open_policy(config.model, torch.float32, device)
         policy, o = self.checkpoint.policy, config.objective
         self.reference = None
         if o.velocity_mse or o.text_kl:
             # The checkpoint the run started from. Its parameters keep requires_grad although nothing trains them:
             # torch picks other kernels without it, and the distance of equal weights must be exactly 0.
-            self.reference = store.load(initial, getattr(torch, config.learner.dtype), device).policy.eval()
-        rows, cols = self.checkpoint.config.grid(config.model.height, config.model.width)
+            self.reference = open_policy(config.model, getattr(torch, config.learner.dtype), device).policy.eval()
+        rows, cols = self.checkpoint.grid(config.model.height, config.model.width)
         clip = o.image_clip
         if clip == "scaled":
-            clip = flow.scaled_image_clip(rows * cols * self.checkpoint.config.token_dim)
+            clip = flow.scaled_image_clip(rows * cols * self.checkpoint.token_dim)
         groups = policy.parameter_groups()
         self.rates = {
             "reasoning": config.optimizer.lr_reasoning,
@@ -98,7 +98,7 @@ class LearnerRank:
                     [groups[b].chains[g] for b, g, _ in micro],
                     [float(advantages.values[b, g]) for b, g, _ in micro],
                     [weight for *_, weight in micro],
-                    self.checkpoint.chat,
+                    self.checkpoint,
                     self.version,
                     self.device,
                 )

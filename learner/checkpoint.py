@@ -17,23 +17,22 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from common.bagel import checkpoint as store
+from common.bagel.checkpoint import read_tensors
 from common.bagel.config import CheckpointError, read_json
+from common.policy import OpenPolicy
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 
 
-def write(
-    directory: Path, policy: store.Checkpoint, optimizer: dict[str, Tensor], state: dict[str, Any], keep: int
-) -> None:
+def write(directory: Path, opened: OpenPolicy, optimizer: dict[str, Tensor], state: dict[str, Any], keep: int) -> None:
     """Writes one checkpoint and removes all but the newest `keep` of its siblings."""
     aside = directory.with_name(directory.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     # Masters rather than compute weights: a bf16 policy is saved without rounding.
     masters = {k.removeprefix("master."): v for k, v in optimizer.items() if k.startswith("master.")}
-    store.save(policy, aside / "policy", {**policy.policy.state_dict(), **masters})
+    opened.save(aside / "policy", {**opened.policy.state_dict(), **masters})
     save_file(optimizer, aside / "optimizer.safetensors")
     (aside / "state.json").write_text(json.dumps(state, indent=2))
     files = sorted(p for p in aside.rglob("*") if p.is_file())
@@ -72,7 +71,7 @@ def newest_whole(directory: Path) -> tuple[Path, dict[str, Any]] | None:
 
 def read_optimizer(directory: Path) -> dict[str, Tensor]:
     """fp32 masters and moments by name."""
-    return store.read_tensors(directory / "optimizer.safetensors")
+    return read_tensors(directory / "optimizer.safetensors")
 
 
 def _digest(path: Path) -> str:

@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common import flow
-from common.bagel.policy import BagelPolicy, PackedBatch, PolicyOutput, pack_batch
-from common.bagel.text import ChatTokenizer
 from common.config import TrainConfig
+from common.policy import Batch, OpenPolicy, Policy, PolicyOutput
 from common.types import Chain
 from learner import objective
 from learner.engine import Engine
@@ -29,7 +28,7 @@ class MicroBatch:
     on_policy: made by the very weights that are being updated.
     """
 
-    packed: PackedBatch
+    packed: Batch
     advantage: Tensor
     weight: Tensor
     token_owner: Tensor
@@ -54,14 +53,13 @@ class OldPolicy:
 
 
 def lay_out(
-    chains: list[Chain], advantages: list[float], weights: list[float], chat: ChatTokenizer, version: int, device: str
+    chains: list[Chain], advantages: list[float], weights: list[float], opened: OpenPolicy, version: int, device: str
 ) -> MicroBatch:
     """Chains -> tensors of one forward."""
-    texts, scored, behaviour, owner = [], [], [], []
+    texts, behaviour, owner = [], [], []
     for number, chain in enumerate(chains):
         prompt, ids = chain.text.prompt_ids.tolist(), chain.text.ids.tolist()
-        texts.append(chat.context_ids(prompt, ids))
-        scored.append((len(prompt), len(prompt) + len(ids)))
+        texts.append((prompt, ids))
         behaviour.append(chain.text.logprobs)
         owner += [number] * len(ids)
     window = len(chains[0].image.t)
@@ -70,7 +68,7 @@ def lay_out(
         return torch.from_numpy(np.concatenate([getattr(chain.image, name) for chain in chains])).to(device)
 
     image_owner = torch.arange(len(chains), device=device).repeat_interleave(window)
-    packed = pack_batch(texts, scored, stack("x_t"), stack("t"), image_owner, chains[0].image.grid)
+    packed = opened.pack(texts, stack("x_t"), stack("t"), image_owner, chains[0].image.grid)
     return MicroBatch(
         packed,
         torch.tensor(advantages, dtype=torch.float32, device=device),
@@ -115,7 +113,7 @@ class Updater:
     """Turns chains with advantages into one or more optimizer steps and the metrics of the step."""
 
     def __init__(
-        self, engine: Engine, reference: BagelPolicy | None, config: TrainConfig, image_clip: float, ranks: int
+        self, engine: Engine, reference: Policy | None, config: TrainConfig, image_clip: float, ranks: int
     ) -> None:
         self.engine, self.reference, self.config = engine, reference, config
         self.image_clip, self.ranks = image_clip, ranks

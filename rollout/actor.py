@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from common.bagel import checkpoint as store
-from common.bagel.config import read_json
 from common.bagel.text import system_prompt
-from common.config import TrainConfig, resolve_path
+from common.config import TrainConfig
+from common.policy import open_policy
 from common.types import Chain, Group, ImageSegment, RolloutRequest, RolloutStats, TextSegment, WeightManifest
 from common.weights import checksum_of, unpack
 from rollout.denoiser import Denoiser, Drawing
@@ -35,26 +34,25 @@ class RolloutReplica:
         self.config = config
         self.dtype = config.rollout.dtype
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        directory = resolve_path(config.model.path)
-        self.checkpoint = store.load(directory, getattr(torch, self.dtype), device)
+        self.checkpoint = open_policy(config.model, getattr(torch, self.dtype), device)
         self.checkpoint.policy.eval()
         sampling = config.sampling
         self.denoiser = Denoiser(
             self.checkpoint, config.model.height, config.model.width, sampling.shift, sampling.noise_level
         )
         self.system = system_prompt(config.model.system_prompt)
-        self.reasoner = self._start_reasoner(directory)
+        self.reasoner = self._start_reasoner()
         self.version = -1
 
-    def _start_reasoner(self, directory: Path) -> Reasoner:
-        llm = self.checkpoint.config.llm_config
+    def _start_reasoner(self) -> Reasoner:
+        source = self.checkpoint.reasoner
         limit = self.config.sampling.max_prompt_tokens + self.config.sampling.max_tokens
         with tempfile.TemporaryDirectory() as scratch:
-            target = Path(scratch) / "reasoner"
-            described = read_json(directory / "llm_config.json") | {"vocab_size": llm.vocab_size}
-            write_reasoner_dir(target, described, self.checkpoint.policy.reasoning_weights())
+            if not isinstance(source, Path):
+                described, source = source, Path(scratch) / "reasoner"
+                write_reasoner_dir(source, described, self.checkpoint.policy.reasoning_weights())
             return Reasoner(
-                target,
+                source,
                 eos_token_id=self.checkpoint.chat.end,
                 dtype=self.dtype,
                 max_model_len=limit,
@@ -88,8 +86,7 @@ class RolloutReplica:
 
     @torch.no_grad()
     def _probe(self, version: int) -> None:
-        vocabulary = self.checkpoint.config.llm_config.vocab_size
-        ids = np.random.default_rng(0).integers(0, vocabulary, PROBE_LENGTH).tolist()
+        ids = np.random.default_rng(0).integers(0, self.checkpoint.policy.vocab_size, PROBE_LENGTH).tolist()
         expected = self.checkpoint.policy.token_logprobs([ids])[0]
         difference = float((torch.tensor(self.reasoner.probe(ids)) - expected.cpu()).abs().max())
         if not difference <= PROBE_TOLERANCE[self.dtype]:

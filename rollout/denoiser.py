@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common import flow
-from common.bagel import vae as vae_ops
-from common.bagel.checkpoint import Checkpoint
+from common.policy import OpenPolicy
 
 
 @dataclass(frozen=True)
@@ -29,9 +28,9 @@ class Drawing:
 class Denoiser:
     """Draws images for contexts of different lengths in one batch."""
 
-    def __init__(self, checkpoint: Checkpoint, height: int, width: int, shift: float, noise_level: float) -> None:
-        self.policy, self.vae, self.config = checkpoint.policy, checkpoint.vae, checkpoint.config
-        self.grid = self.config.grid(height, width)
+    def __init__(self, opened: OpenPolicy, height: int, width: int, shift: float, noise_level: float) -> None:
+        self.opened, self.policy = opened, opened.policy
+        self.grid = opened.grid(height, width)
         self.shift, self.noise_level = shift, noise_level
 
     @torch.no_grad()
@@ -49,7 +48,7 @@ class Denoiser:
         first = torch.tensor([window[0] if window else points for window in windows], device=device)
         length = torch.tensor([window[1] if window else 0 for window in windows], device=device)
         times = torch.tensor(flow.timesteps(points, self.shift), device=device)
-        context = self.policy.prefill(contexts)
+        context = self.opened.context(contexts)
         x = noise[:, 0]
         kept = torch.zeros(3, count, size, *x.shape[1:], device=device)
         for step in range(points - 1):
@@ -65,13 +64,13 @@ class Denoiser:
                 x_next[rows] = flow.mean_of(move, x[rows], v[rows]) + move.std[:, None, None] * z
                 kept[:, rows, slot] = torch.stack([x[rows], x_next[rows], v[rows]])
             x = x_next
-        pixels = vae_ops.to_uint8(vae_ops.decode(self.vae, self.config, x, self.grid)).cpu().numpy()
+        pixels = self.opened.decode(x, self.grid).cpu().numpy()
         schedule = times.float().cpu().numpy()
         return [self._drawing(kept[:, i].cpu(), windows[i], schedule, pixels[i]) for i in range(count)]
 
     def _noise(self, seeds: list[int], size: int) -> Tensor:
         """[M, 1 + size, N, D]: the start and one draw per window step, from each chain's own generator."""
-        shape = (1 + size, self.grid[0] * self.grid[1], self.config.token_dim)
+        shape = (1 + size, self.grid[0] * self.grid[1], self.opened.token_dim)
         return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
     @staticmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +16,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from common.bagel.config import BagelConfig, CheckpointError
-from common.bagel.policy import BagelPolicy
+from common.bagel import vae as vae_ops
+from common.bagel.config import BagelConfig, CheckpointError, read_json
+from common.bagel.decoder import Context
+from common.bagel.policy import BagelPolicy, PackedBatch, pack_batch
 from common.bagel.text import ChatTokenizer
 from common.bagel.vae import build_vae, from_diffusers, to_diffusers
+from common.policy import OpenPolicy
 
 WEIGHTS, AUTOENCODER = "ema.safetensors", "ae.safetensors"
 # Image understanding takes no part in prompt -> reasoning -> image.
@@ -27,7 +30,7 @@ UNUSED = ("vit_model.", "connector.", "vit_pos_embed.")
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(OpenPolicy):
     """Everything a directory holds: the policy, the frozen autoencoder, the tokenizer, and where it came from."""
 
     policy: BagelPolicy
@@ -35,6 +38,38 @@ class Checkpoint:
     chat: ChatTokenizer
     config: BagelConfig
     directory: Path
+
+    @property
+    def token_dim(self) -> int:
+        return self.config.token_dim
+
+    @property
+    def reasoner(self) -> dict[str, Any]:
+        return read_json(self.directory / "llm_config.json") | {"vocab_size": self.config.llm_config.vocab_size}
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        return self.config.grid(height, width)
+
+    def context(self, texts: list[list[int]]) -> Context:
+        return self.policy.prefill(texts)
+
+    def pack(
+        self,
+        texts: Sequence[tuple[list[int], list[int]]],
+        x_t: Tensor,
+        t: Tensor,
+        owner: Tensor,
+        grid: tuple[int, int],
+    ) -> PackedBatch:
+        whole = [self.chat.context_ids(prompt, response) for prompt, response in texts]
+        scored = [(len(prompt), len(prompt) + len(response)) for prompt, response in texts]
+        return pack_batch(whole, scored, x_t, t, owner, grid)
+
+    def decode(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:
+        return vae_ops.to_uint8(vae_ops.decode(self.vae, self.config, latents, grid))
+
+    def save(self, directory: Path, weights: dict[str, Tensor] | None = None) -> None:
+        save(self, directory, weights)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from common.bagel import vae as vae_ops
 from common.bagel.config import BagelConfig, LLMConfig
 from common.bagel.decoder import Context, Decoder, Packing
+from common.policy import Policy, PolicyOutput
 
 TIME_FREQUENCIES = 128
 
@@ -79,16 +80,7 @@ class PackedBatch:
     grid: tuple[int, int]
 
 
-@dataclass(frozen=True)
-class PolicyOutput:
-    """log p of each target [P], entropy of each distribution [P], velocity [M, N, D]; all fp32."""
-
-    logprobs: Tensor
-    entropy: Tensor
-    velocity: Tensor
-
-
-class BagelPolicy(nn.Module):
+class BagelPolicy(Policy):
     """The unified policy. Shapes: M images of N latent tokens with D numbers, H hidden."""
 
     def __init__(self, config: BagelConfig, markers: tuple[int, int]) -> None:
@@ -121,6 +113,10 @@ class BagelPolicy(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.vae2llm.weight.device
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.llm_config.vocab_size
 
     def read(self, ids: Tensor, packing: Packing) -> tuple[Tensor, Context]:
         """ids [T] -> hidden [T, H] and the context that images attend to."""

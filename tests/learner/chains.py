@@ -53,7 +53,7 @@ def make_chains(checkpoint: Checkpoint, count: int, seed: int = 0, noise_level: 
 
 
 def micro_batch(checkpoint: Checkpoint, chains: list[Chain], advantages: list[float], version: int = 0) -> MicroBatch:
-    return lay_out(chains, advantages, [1.0] * len(chains), checkpoint.chat, version, "cpu")
+    return lay_out(chains, advantages, [1.0] * len(chains), checkpoint, version, "cpu")
 
 
 def make_engine(policy: BagelPolicy, *, lr: float = 1e-4, zero_stage: int = 2, dtype: str = "float32") -> Engine:

@@ -207,7 +207,7 @@ def test_micro_batches_add_up_to_the_same_gradient(
 def test_a_filler_adds_nothing(golden_checkpoint: Checkpoint, chains: list[Chain], policy: BagelPolicy) -> None:
     wanted = reinforce(policy, golden_checkpoint, chains[:3], ADVANTAGES[:3])
     updater = Watched(policy, train_config(velocity_mse=0.0), lr=0.0)
-    filler = lay_out(chains[5:], [5.0], [0.0], golden_checkpoint.chat, 0, "cpu")
+    filler = lay_out(chains[5:], [5.0], [0.0], golden_checkpoint, 0, "cpu")
     sums = updater.run([[micro_batch(golden_checkpoint, chains[:3], ADVANTAGES[:3]), filler]], [3])
     same_gradients(updater.gradients[0], wanted)
     assert sums["count/chain"] == 3
@@ -302,7 +302,7 @@ def minibatches_of(
                 [chains[b * per_group + g] for b, g, _ in piece],
                 [float(advantages.values[b, g]) for b, g, _ in piece],
                 [weight for *_, weight in piece],
-                checkpoint.chat,
+                checkpoint,
                 0,
                 "cpu",
             )

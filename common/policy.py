@@ -1,0 +1,159 @@
+"""What a unified policy is to rollout and learner, and how one is opened. `bagel` and `composed` implement it.
+
+A policy reads token ids and gives log-probabilities; it reads a context and gives velocities. `OpenPolicy` holds it
+together with its frozen parts: the chat format, the autoencoder and, for a composed policy, the text encoders.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from common.config import Model, resolve_path
+
+
+class Chat(Protocol):
+    """Token ids of a conversation."""
+
+    @property
+    def end(self) -> int:
+        """The token that ends a reasoning."""
+
+    def prompt_ids(self, prompt: str, system: str = "") -> list[int]:
+        """What the reasoning is sampled from."""
+
+    def context_ids(self, prompt_ids: list[int], response_ids: list[int]) -> list[int]:
+        """What the image is conditioned on, for `OpenPolicy.context`."""
+
+    def decode(self, ids: list[int]) -> str:
+        """Text for people."""
+
+
+class Batch(Protocol):
+    """One training forward as a policy lays it out; besides, noised images x_t [M, N, D] at times t [M]."""
+
+    @property
+    def x_t(self) -> Tensor: ...
+
+    @property
+    def t(self) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class PolicyOutput:
+    """log p of each target [P], entropy of each distribution [P], velocity [M, N, D]; all fp32."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    velocity: Tensor
+
+
+class Policy(nn.Module, ABC):
+    """Text log-probs and velocities from one set of weights. M images of N latent tokens with D numbers."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device: ...
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int: ...
+
+    @abstractmethod
+    def token_logprobs(self, texts: list[list[int]]) -> list[Tensor]:
+        """log p of every token after the first, one fp32 tensor [len - 1] per text."""
+
+    @abstractmethod
+    def velocity(self, x_t: Tensor, t: Tensor, context: Any, grid: tuple[int, int]) -> Tensor:
+        """x_t [M, N, D] at times t [M] in [0, 1], context of M rows -> v = noise - data [M, N, D], fp32."""
+
+    @abstractmethod
+    def forward(self, batch: Any, image_grad_to_text: bool = True, temperature: float = 1.0) -> PolicyOutput:
+        """The packed forward of the learner: every text once, all images of all chains together."""
+
+    @abstractmethod
+    def parameter_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
+        """Trainable parameters by role, `reasoning` and `denoising`."""
+
+    @abstractmethod
+    def reasoning_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """What the reasoning engine loads, under its names; a tied head comes once."""
+
+
+class OpenPolicy(ABC):
+    """A policy with its frozen parts, as read from files."""
+
+    policy: Policy
+    chat: Chat
+
+    @property
+    @abstractmethod
+    def token_dim(self) -> int:
+        """D, numbers in one latent token."""
+
+    @property
+    @abstractmethod
+    def reasoner(self) -> dict[str, Any] | Path:
+        """Where the reasoning engine starts from: a directory in transformers' layout, or, where the reasoner has
+        none of its own, the description of its decoder."""
+
+    @abstractmethod
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Latent tokens (rows, columns) of an image in pixels; ValueError if the size does not fit."""
+
+    @abstractmethod
+    def context(self, texts: list[list[int]]) -> Any:
+        """What images attend to, one row per list of `Chat.context_ids`."""
+
+    @abstractmethod
+    def pack(
+        self,
+        texts: Sequence[tuple[list[int], list[int]]],
+        x_t: Tensor,
+        t: Tensor,
+        owner: Tensor,
+        grid: tuple[int, int],
+    ) -> Batch:
+        """Lays out one forward: B (prompt ids, response ids), of which the responses are scored, and M images x_t
+        [M, N, D] at times t [M], each conditioned on text owner [M]; on the device to use."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Latent tokens [M, N, D] -> images uint8 [M, H, W, 3]."""
+
+    @abstractmethod
+    def save(self, directory: Path, weights: dict[str, Tensor] | None = None) -> None:
+        """Writes a directory that `open_policy` reads; weights, by the policy's names, replace its own."""
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What is known of a policy before its tensors are read: chat, positions of its decoder, `grid` as above."""
+
+    chat: Chat
+    positions: int
+    grid: Callable[[int, int], tuple[int, int]]
+
+
+def outline(model: Model) -> Outline:
+    """A cheap look before anything starts: files, sizes, tokenizer. ConfigError or CheckpointError."""
+    from common.bagel import checkpoint
+    from common.bagel.text import ChatTokenizer
+
+    directory = resolve_path(model.path)
+    config = checkpoint.check(directory)
+    llm = config.llm_config
+    return Outline(ChatTokenizer.read(directory, llm.vocab_size), llm.max_position_embeddings, config.grid)
+
+
+def open_policy(model: Model, dtype: torch.dtype = torch.float32, device: str = "cpu") -> OpenPolicy:
+    """Loads the policy that a recipe's `model` names. Raises ConfigError or CheckpointError; nothing is half loaded."""
+    from common.bagel import checkpoint
+
+    return checkpoint.load(resolve_path(model.path), dtype, device)
