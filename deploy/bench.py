@@ -7,9 +7,8 @@ rate measured in the same run.
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 from common.runtime import thread_env
@@ -20,53 +19,20 @@ os.environ.update(thread_env(CPUS))
 import numpy as np  # noqa: E402 (the thread count must be set before torch is imported)
 import torch  # noqa: E402
 
-from common.bagel.config import BagelConfig, VAEConfig  # noqa: E402
+from common.bagel.config import BagelConfig  # noqa: E402
 from common.bagel.flops import draw_flops, read_flops  # noqa: E402
-from common.bagel.policy import BagelPolicy, pack_batch  # noqa: E402
-from common.config import TrainConfig, load_config  # noqa: E402
+from common.bagel.policy import pack_batch  # noqa: E402
+from common.config import TrainConfig, load_config, resolve_path  # noqa: E402
 from common.weights import checksum, pack, unpack  # noqa: E402
+from deploy.measure import MIDDLE, bagel_config, best, matrix_rate, random_policy  # noqa: E402
+from deploy.packed import compare, random_work  # noqa: E402
 
 GRID, CONTEXT, SCORED, WINDOW = (16, 16), 64, 40, 3
 
 
-def policy_40m() -> BagelPolicy:
-    """40 million parameters, 256 image tokens."""
-    sizes = {
-        "hidden_size": 512,
-        "num_hidden_layers": 7,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "intermediate_size": 1408,
-        "vocab_size": 4096,
-    }
-    config = BagelConfig.model_validate(
-        {"llm_config": sizes, "vae_config": VAEConfig().model_dump(), "max_latent_size": 16}
-    )
-    policy = BagelPolicy(config, (3, 4))
-    policy.init_weights(0)
-    return policy
-
-
-def best(function: Callable[[], object], repeat: int) -> float:
-    """Shortest wall time of several calls, after one unmeasured."""
-    function()
-    times = []
-    for _ in range(repeat):
-        started = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - started)
-    return min(times)
-
-
-def matrix_rate(dtype: torch.dtype) -> float:
-    """Operations per second of a 2048-cubed product."""
-    a, b = torch.randn(2048, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
-    return 2 * 2048**3 / best(lambda: a @ b, 10)
-
-
 def model_rates(dtype: torch.dtype, chains: int) -> dict[str, float]:
     """Operations per second of the denoiser's step and of the learner's packed forward and backward."""
-    policy = policy_40m().to(dtype)
+    policy = random_policy(bagel_config(MIDDLE, 16), dtype)
     n, d = GRID[0] * GRID[1], policy.config.token_dim
     texts = [torch.randint(5, 4096, (CONTEXT,)).tolist() for _ in range(chains)]
     with torch.no_grad():
@@ -93,7 +59,7 @@ def model_rates(dtype: torch.dtype, chains: int) -> dict[str, float]:
 
 def sync_rates() -> tuple[float, float]:
     """GB/s of publish + checksum + load of 40 M fp32 weights in one process, and of a plain memory copy."""
-    policy, other = policy_40m(), policy_40m()
+    policy, other = (random_policy(bagel_config(MIDDLE, 16), torch.float32) for _ in range(2))
     named = [pair for pairs in policy.parameter_groups().values() for pair in pairs]
 
     def sync() -> None:
@@ -145,11 +111,21 @@ def show(what: str, value: str) -> None:
     print(f"| {what} | {value} |", flush=True)
 
 
-def main() -> None:
-    """Prints the table."""
-    torch.set_num_threads(CPUS)
-    torch.manual_seed(0)
-    print("| what | measured |\n|---|---|", flush=True)
+def packed_against_plain(chains: int = 24) -> None:
+    """The learner's packed forward and backward at the paper's group and window, on the small and the 40 M policy."""
+    small, middle = BagelConfig.read(resolve_path("deploy/models/shapes")), bagel_config(MIDDLE, 16)
+    for name, config, context, scored, grid, repeat in (
+        ("small", small, (44, 72), 32, (4, 4), 5),
+        ("40 M", middle, (CONTEXT, CONTEXT), SCORED, GRID, 1),
+    ):
+        work = random_work(config, chains=chains, window=WINDOW, context=context, scored=scored, grid=grid)
+        for dtype in (torch.float32, torch.bfloat16):
+            for what, measured in compare(random_policy(config, dtype), work, repeat):
+                show(f"{name}, {str(dtype).removeprefix('torch.')}: {what}", measured)
+
+
+def rates() -> None:
+    """Matrix, denoiser, learner, weight sync, vLLM and a whole step."""
     for dtype in (torch.float32, torch.bfloat16):
         name, rate = str(dtype).removeprefix("torch."), matrix_rate(dtype)
         show(f"matrix rate, {name}, {CPUS} threads", f"{rate / 1e9:.0f} GFLOP/s")
@@ -163,6 +139,18 @@ def main() -> None:
     show("share of a step that is not model math", f"{overhead['time/overhead_fraction']:.3f}")
     show("weight sync of a step", f"{overhead['weights/sync_s'] * 1000:.0f} ms")
     show("rollout", f"{overhead['rollout/images_per_s']:.1f} images/s")
+
+
+SECTIONS = {"rates": rates, "packed": packed_against_plain}
+
+
+def main() -> None:
+    """Prints the sections named on the command line, or all."""
+    torch.set_num_threads(CPUS)
+    torch.manual_seed(0)
+    print("| what | measured |\n|---|---|", flush=True)
+    for section in sys.argv[1:] or SECTIONS:
+        SECTIONS[section]()
 
 
 if __name__ == "__main__":

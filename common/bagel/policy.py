@@ -212,6 +212,6 @@ def pack_batch(
         starts.append(starts[-1] + len(text))
     flat = torch.tensor([i for text in texts for i in text], device=device)
     place = [s + k for s, (first, end) in zip(starts, scored, strict=False) for k in range(first, end)]
-    target = torch.tensor(place, device=device)
+    target = torch.tensor(place, dtype=torch.long, device=device)
     packing = Packing.of([len(text) for text in texts], device)
     return PackedBatch(flat, packing, target - 1, flat[target], x_t, t, owner, grid)
