@@ -203,6 +203,26 @@ class Scorer(Resources):
     """Further tries after a failure; then the chain is masked and counted."""
 
 
+class Cfg(Section):
+    """Classifier-free guidance with BAGEL's renormalisations (common/bagel/cfg.py)."""
+
+    text_scale: Annotated[float, Field(ge=1)] = 1.0
+    """Scale against a context without the prompt; 1 is no guidance at all (BAGEL's own default is 4)."""
+    image_scale: Annotated[float, Field(ge=1)] = 1.0
+    """Scale against a context without the reasoning, on top of text_scale > 1; 1 leaves this branch out."""
+    interval: tuple[float, float] = (0.4, 1.0)
+    """Guided are the times t with low < t <= high."""
+    renorm: Literal["global", "channel", "text_channel"] = "global"
+    """What is shrunk to the unguided norm: an image, each of its tokens, or each token before the image guidance."""
+    renorm_min: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Least factor of that shrinking."""
+
+    @property
+    def enabled(self) -> bool:
+        """BAGEL guides only where the text is."""
+        return self.text_scale > 1
+
+
 class Evaluation(Section):
     """Held-out evaluation with deterministic denoising."""
 
@@ -214,6 +234,8 @@ class Evaluation(Section):
     """Held-out prompts used, evenly over tags; 0 is all."""
     points: Annotated[int, Field(ge=2)] = 21
     """Time points of the evaluation schedule."""
+    cfg: Cfg = Cfg()
+    """Guidance of evaluation and `unigrpo generate`; training rollouts have none."""
     seed: int = 1234
     """Seed of the evaluation's noise and sampling, the same for every checkpoint."""
     samples: Count = 14

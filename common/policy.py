@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from common.config import Model, resolve_path
+from common.config import Cfg, ConfigError, Model, resolve_path
 
 
 class Chat(Protocol):
@@ -86,6 +86,15 @@ class Policy(nn.Module, ABC):
         """What the reasoning engine loads, under its names; a tied head comes once."""
 
 
+@dataclass(frozen=True)
+class Guidance:
+    """Guidance of a batch: its settings and, for every chain, the ids without the prompt and without the reasoning."""
+
+    cfg: Cfg
+    without_prompt: list[list[int]]
+    without_reasoning: list[list[int]]
+
+
 class OpenPolicy(ABC):
     """A policy with its frozen parts, as read from files."""
 
@@ -110,6 +119,17 @@ class OpenPolicy(ABC):
     @abstractmethod
     def context(self, texts: list[list[int]]) -> Any:
         """What images attend to, one row per list of `Chat.context_ids`."""
+
+    def velocities(
+        self, texts: list[list[int]], grid: tuple[int, int], guidance: Guidance | None = None
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """v(x_t [M, N, D], t [M]) of images conditioned on M texts, which are read once."""
+        context = self.context(texts)
+        return lambda x_t, t: self.policy.velocity(x_t, t, context, grid)
+
+    def guidance(self, prompts: list[str], system: str, cfg: Cfg) -> Guidance:
+        """What `velocities` needs to guide the images of these prompts. ConfigError where the policy has no guidance."""
+        raise ConfigError(f"evaluation.cfg.text_scale is {cfg.text_scale}: this kind of model has no guidance; give 1")
 
     @abstractmethod
     def pack(

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from common.config import Cfg
+
 
 class NonFiniteError(RuntimeError):
     """A reward, a loss or a gradient is NaN or infinite and on_nonfinite is stop; the weights are as they were."""
@@ -91,13 +93,14 @@ class Group:
 @dataclass(frozen=True)
 class RolloutRequest:
     """Asks a replica for one group. seeds [G] one per chain; window: first step and number of SDE steps, None for
-    deterministic sampling; points: time points of the schedule (steps + 1)."""
+    deterministic sampling; points: time points of the schedule (steps + 1); cfg: guidance, None in training."""
 
     prompt: Prompt
     step: int
     seeds: tuple[int, ...]
     window: tuple[int, int] | None
     points: int
+    cfg: Cfg | None = None
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def run_generate(config: TrainConfig, prompt: str, number: int, out: Path, seed:
 
     replica = RolloutReplica(config)
     seeds = tuple(chain_seed(seed, 0, 0, k) for k in range(number))
-    request = RolloutRequest(asked, 0, seeds, None, config.evaluation.points)
+    request = RolloutRequest(asked, 0, seeds, None, config.evaluation.points, config.evaluation.cfg)
     _, group = replica.generate([request])
     assert isinstance(group, Group)
     write_images(group, out)

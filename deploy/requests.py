@@ -43,6 +43,7 @@ def evaluation_requests(config: TrainConfig, prompts: list[Prompt]) -> list[Roll
             ),
             None,
             evaluation.points,
+            evaluation.cfg,
         )
         for place, prompt in enumerate(prompts)
     ]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from common.bagel.text import system_prompt
 from common.config import TrainConfig
-from common.policy import open_policy
+from common.policy import Guidance, open_policy
 from common.types import Chain, Group, ImageSegment, RolloutRequest, RolloutStats, TextSegment, WeightManifest
 from common.weights import checksum_of, unpack
 from rollout.denoiser import Denoiser, Drawing
@@ -113,6 +113,7 @@ class RolloutReplica:
             [seed for _, seed, _ in flat],
             [request.window for _, _, request in flat],
             requests[0].points,
+            self._guidance([request for _, _, request in flat]),
         )
         chains = [
             self._chain(ids, completion, drawing, seed, version)
@@ -125,6 +126,12 @@ class RolloutReplica:
             start = end
         tokens = sum(len(completion.ids) for completion in completions)
         return RolloutStats(len(chains), tokens, reasoned - started, time.monotonic() - reasoned), *groups
+
+    def _guidance(self, requests: list[RolloutRequest]) -> Guidance | None:
+        cfg = requests[0].cfg
+        if cfg is None or not cfg.enabled:
+            return None
+        return self.checkpoint.guidance([request.prompt.text for request in requests], self.system, cfg)
 
     def _chain(self, prompt: list[int], completion: Completion, drawing: Drawing, seed: int, version: int) -> Chain:
         text = TextSegment(

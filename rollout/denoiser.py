@@ -1,4 +1,4 @@
-"""Unbranched denoising: one forward per step, no classifier-free guidance, SDE noise inside each chain's window."""
+"""Unbranched denoising: one forward per step, SDE noise inside each chain's window. Evaluation may be guided."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common import flow
-from common.policy import OpenPolicy
+from common.policy import Guidance, OpenPolicy
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Denoiser:
         seeds: list[int],
         windows: list[tuple[int, int] | None],
         points: int,
+        guidance: Guidance | None = None,
     ) -> list[Drawing]:
         """One image per context. seeds: the chain's own noise; windows: (first step, steps) of SDE or None."""
         device, count = self.policy.device, len(contexts)
@@ -48,12 +49,12 @@ class Denoiser:
         first = torch.tensor([window[0] if window else points for window in windows], device=device)
         length = torch.tensor([window[1] if window else 0 for window in windows], device=device)
         times = torch.tensor(flow.timesteps(points, self.shift), device=device)
-        context = self.opened.context(contexts)
+        velocity = self.opened.velocities(contexts, self.grid, guidance)
         x = noise[:, 0]
         kept = torch.zeros(3, count, size, *x.shape[1:], device=device)
         for step in range(points - 1):
             t, t_next = times[step].expand(count), times[step + 1].expand(count)
-            v = self.policy.velocity(x, t.float(), context, self.grid)
+            v = velocity(x, t.float())
             place = step - first
             inside = (place >= 0) & (place < length)
             x_next = flow.mean_of(flow.sde_step(t, t_next, 0.0), x, v)

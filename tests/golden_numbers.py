@@ -5,7 +5,9 @@ Another recording of the same layout is used with UNIGRPO_GOLDEN=directory; ever
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,9 @@ from numpy.typing import NDArray
 
 GOLDEN = Path(os.environ.get("UNIGRPO_GOLDEN") or Path(__file__).with_name("golden"))
 CHECKPOINT = GOLDEN / "ckpt"
-# What the README of the recording suggests for fp32; SQUARES for values that are squared errors.
-ATOL, RTOL, SQUARES = 5e-5, 1e-4, 2e-4
+# What the README of the recording suggests for fp32; SQUARES for values that are squared errors, COMBINED for guided
+# velocities and what follows from them.
+ATOL, RTOL, SQUARES, COMBINED = 5e-5, 1e-4, 2e-4, 2e-4
 
 
 @cache
@@ -25,6 +28,24 @@ def golden(name: str) -> dict[str, NDArray[Any]]:
     """All arrays of one file, e.g. "bagel/text.npz"."""
     with np.load(GOLDEN / name) as file:
         return {key: file[key] for key in file.files}
+
+
+@cache
+def described() -> dict[str, Any]:
+    """What the recording says of its BAGEL files and arrays."""
+    return json.loads((GOLDEN / "bagel/README.json").read_text())
+
+
+def meaning(file: str, array: str) -> str:
+    """One array in words, with the call that made it, e.g. meaning("velocity", "cfg_x")."""
+    about = described()[f"{file}.npz"]["arrays"][array]
+    return f"{about['meaning']} | {about.get('call', '')}"
+
+
+def settings(file: str, array: str) -> dict[str, Any]:
+    """The guidance settings among those words; empty if there are none."""
+    found = re.search(r"\{.*?\}", meaning(file, array))
+    return json.loads(found[0]) if found else {}
 
 
 def tensor(array: Any) -> torch.Tensor:

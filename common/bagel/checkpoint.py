@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +17,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from common.bagel import vae as vae_ops
+from common.bagel.cfg import Branches, guided_velocity
 from common.bagel.config import BagelConfig, CheckpointError, read_json
 from common.bagel.decoder import Context
 from common.bagel.policy import BagelPolicy, PackedBatch, pack_batch
 from common.bagel.text import ChatTokenizer
 from common.bagel.vae import build_vae, from_diffusers, to_diffusers
-from common.policy import OpenPolicy
+from common.config import Cfg
+from common.policy import Guidance, OpenPolicy
 
 WEIGHTS, AUTOENCODER = "ema.safetensors", "ae.safetensors"
 # Image understanding takes no part in prompt -> reasoning -> image.
@@ -52,6 +54,19 @@ class Checkpoint(OpenPolicy):
 
     def context(self, texts: list[list[int]]) -> Context:
         return self.policy.prefill(texts)
+
+    def velocities(
+        self, texts: list[list[int]], grid: tuple[int, int], guidance: Guidance | None = None
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        if guidance is None:
+            return super().velocities(texts, grid)
+        cfg = guidance.cfg
+        branches = Branches.prefill(self.policy, texts, guidance.without_prompt, guidance.without_reasoning, cfg)
+        return lambda x_t, t: guided_velocity(self.policy, x_t, t, branches, grid, cfg)
+
+    def guidance(self, prompts: list[str], system: str, cfg: Cfg) -> Guidance:
+        ids = [self.chat.cfg_ids(prompt, system) for prompt in prompts]
+        return Guidance(cfg, [without for without, _ in ids], [without for _, without in ids])
 
     def pack(
         self,

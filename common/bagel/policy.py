@@ -124,7 +124,7 @@ class BagelPolicy(Policy):
 
     def prefill(self, texts: list[list[int]]) -> Context:
         """Context of B texts given as token ids."""
-        flat = torch.tensor([i for text in texts for i in text], device=self.device)
+        flat = torch.tensor([i for text in texts for i in text], dtype=torch.long, device=self.device)
         return self.read(flat, Packing.of([len(text) for text in texts], self.device))[1]
 
     def score(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -58,12 +58,18 @@ class ChatTokenizer:
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
+    def wrap(self, text: str) -> list[int]:
+        """One chunk of the chat; an empty text is none."""
+        return [self.start, *self.encode(text), self.end] if text else []
+
     def prompt_ids(self, prompt: str, system: str = "") -> list[int]:
         """What the reasoning is sampled from: the wrapped system prompt (if any) and prompt, and the opening of the
         answer's chunk."""
-        chunks = [text for text in (system, prompt) if text]
-        wrapped = [token for text in chunks for token in (self.start, *self.encode(text), self.end)]
-        return [*wrapped, self.start]
+        return [*self.wrap(system), *self.wrap(prompt), self.start]
+
+    def cfg_ids(self, prompt: str, system: str = "") -> tuple[list[int], list[int]]:
+        """The contexts that guidance leaves something out of: the prompt (possibly nothing is left), the reasoning."""
+        return self.wrap(system), [*self.wrap(system), *self.wrap(prompt)]
 
     def context_ids(self, prompt_ids: list[int], response_ids: list[int]) -> list[int]:
         """What the image is conditioned on: the sampled ids themselves, closed if the sample was cut short."""

@@ -100,3 +100,9 @@ def test_another_seed_gives_another_run(order: PromptOrder) -> None:
     assert evaluation_requests(config_with(seed=0), order.prompts) == evaluation_requests(
         config_with(seed=1), order.prompts
     )
+
+
+def test_guidance_is_for_evaluation_alone(order: PromptOrder) -> None:
+    config = config_with(evaluation={"cfg": {"text_scale": 4.0}})
+    assert {request.cfg for request in evaluation_requests(config, order.prompts)} == {config.evaluation.cfg}
+    assert {request.cfg for request in training_requests(config, order, 0)} == {None}

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
-from golden_numbers import close, golden, tensor
+from golden_numbers import ATOL, COMBINED, close, described, golden, meaning, settings, tensor
 
+from common.bagel import vae
 from common.bagel.checkpoint import Checkpoint
+from common.bagel.decoder import Packing
+from common.config import Cfg
+from common.policy import Guidance
 from rollout.denoiser import Denoiser, Drawing
 
 SHIFT = 3.0
 
 
-def denoiser_for(checkpoint: Checkpoint, file: str, noise_level: float) -> Denoiser:
+def denoiser_for(checkpoint: Checkpoint, file: str, noise_level: float, shift: float = SHIFT) -> Denoiser:
     height, width = golden(file)["image_hw"].tolist()
-    return Denoiser(checkpoint, height, width, SHIFT, noise_level)
+    return Denoiser(checkpoint, height, width, shift, noise_level)
 
 
 def with_noise(monkeypatch: pytest.MonkeyPatch, denoiser: Denoiser, rows: list[np.ndarray]) -> None:
@@ -28,6 +34,12 @@ def as_pixels(image: np.ndarray) -> np.ndarray:
     return (image * 255).astype(np.uint8).transpose(1, 2, 0)
 
 
+def same_image(found: np.ndarray, wanted: np.ndarray) -> None:
+    """A value on the border between two integers may fall to the other side."""
+    assert np.abs(found.astype(int) - wanted.astype(int)).max() <= 1
+    assert (found == wanted).mean() > 0.995
+
+
 def small(checkpoint: Checkpoint, noise_level: float = 0.7) -> Denoiser:
     side = checkpoint.config.pixels_per_token
     return Denoiser(checkpoint, 2 * side, 3 * side, SHIFT, noise_level)
@@ -38,19 +50,67 @@ def contexts(checkpoint: Checkpoint, lengths: tuple[int, ...]) -> list[list[int]
     return [rng.integers(0, checkpoint.config.llm_config.vocab_size, n).tolist() for n in lengths]
 
 
-def test_ode_trajectory_and_image(golden_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def recorded_cfg(name: str) -> Cfg:
+    """Guidance of a recorded trajectory (off_x, cfg_x)."""
+    recorded = settings("ode", name)
+    return Cfg(
+        text_scale=recorded["cfg_text_scale"],
+        image_scale=recorded["cfg_img_scale"],
+        interval=recorded["cfg_interval"],
+        renorm=re.findall(r"cfg_renorm_type='(\w+)'", meaning("ode", name))[0],
+    )
+
+
+@pytest.mark.parametrize("kind", ["off", "cfg"])
+def test_ode_trajectory_and_image(golden_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """A window over all steps without noise is the ODE, and shows every state of it."""
-    ode = golden("bagel/ode.npz")
-    denoiser, points = denoiser_for(golden_checkpoint, "bagel/ode.npz", 0.0), len(ode["timesteps"])
+    ode, velocity, config = golden("bagel/ode.npz"), golden("bagel/velocity.npz"), golden_checkpoint.config
+    shift = float(re.findall(r"timestep_shift=([\d.]+)", meaning("ode", "off_x"))[0])
+    denoiser, points = denoiser_for(golden_checkpoint, "bagel/ode.npz", 0.0, shift), len(ode["timesteps"])
     start = ode["init_noise"][None]
     noise = np.concatenate([start, np.ones((points - 1, *start.shape[1:]), np.float32)])
     with_noise(monkeypatch, denoiser, [noise])
-    (drawn,) = denoiser.draw([ode["ctx_ids"].tolist()], [0], [(0, points - 1)], points)
-    close(drawn.x_t, ode["off_x"][:-1])
-    close(drawn.x_next, ode["off_x"][1:])
+    system, prompt = velocity["ctx_system_ids"].tolist(), velocity["ctx_prompt_ids"].tolist()
+    guidance = Guidance(recorded_cfg(f"{kind}_x"), [system], [system + prompt])
+    atol = COMBINED if kind == "cfg" else ATOL
+    (drawn,) = denoiser.draw([ode["ctx_ids"].tolist()], [0], [(0, points - 1)], points, guidance)
+    close(drawn.x_t, ode[f"{kind}_x"][:-1], atol)
+    close(drawn.x_next, ode[f"{kind}_x"][1:], atol)
     close(drawn.t, ode["timesteps"][:-1], atol=1e-6)
     close(drawn.t_next, ode["timesteps"][1:], atol=1e-6)
-    assert (drawn.pixels == ode["off_uint8"]).all()
+    final = tensor(ode[f"{kind}_x"][-1:])
+    close(vae.unpack(final, denoiser.grid, config.latent_patch_size), ode[f"{kind}_latent"], atol=0)
+    with torch.no_grad():
+        close(vae.decode(golden_checkpoint.vae, config, final, denoiser.grid), ode[f"{kind}_pixels"])
+    same_image(drawn.pixels, ode[f"{kind}_uint8"])
+
+
+def test_prompt_to_reasoning_to_guided_image(golden_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference's whole inference. It decodes and re-encodes the reasoning; a rollout keeps the sampled ids."""
+    e2e, chat, policy = golden("bagel/e2e.npz"), golden_checkpoint.chat, golden_checkpoint.policy
+    what = described()["e2e.npz"]["what"]
+    text_scale, image_scale = (float(x) for x in re.findall(r"(?:text|img) ([\d.]+\d)", what))
+    points = int(re.findall(r"(\d+) timesteps", what)[0])
+    system = golden("bagel/velocity.npz")["ctx_system_ids"].tolist()
+    prompt, generated = e2e["prompt_ids"].tolist(), e2e["generated"].tolist()
+    ids = [*system, *prompt, chat.start]
+    for _ in generated[1:]:
+        with torch.no_grad():
+            hidden, _ = policy.read(torch.tensor(ids), Packing.of([len(ids)], policy.device))
+            ids.append(int(policy.language_model.lm_head(hidden[-1]).argmax()))
+    assert ids[-len(generated) :] == generated
+    spoken = chat.tokenizer.decode(generated, skip_special_tokens=False).removeprefix("<|im_start|>")
+    assert spoken == described()["e2e.npz"]["text"]
+    assert chat.wrap(spoken) == e2e["think_ids_fed_back"].tolist()
+
+    context = [*system, *prompt, *chat.wrap(spoken)]
+    assert [len(context)] == e2e["gen_context_len"].tolist()
+    height, width = e2e["image_hw"].tolist()
+    denoiser = Denoiser(golden_checkpoint, height, width, SHIFT, 0.0)
+    with_noise(monkeypatch, denoiser, [e2e["init_noise"][None]])
+    cfg = Cfg(text_scale=text_scale, image_scale=image_scale)
+    (drawn,) = denoiser.draw([context], [0], [None], points, Guidance(cfg, [system], [[*system, *prompt]]))
+    same_image(drawn.pixels, e2e["uint8"])
 
 
 def test_ode_image_without_a_window(golden_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,10 +121,10 @@ def test_ode_image_without_a_window(golden_checkpoint: Checkpoint, monkeypatch: 
     longer = [*ode["ctx_ids"].tolist(), *ode["ctx_ids"].tolist()]
     with_noise(monkeypatch, denoiser, [np.concatenate([start] * 3)] * 2)
     plain, other = denoiser.draw([ode["ctx_ids"].tolist(), longer], [0, 1], [None, (1, 2)], points)
-    assert (plain.pixels == ode["off_uint8"]).all()
+    same_image(plain.pixels, ode["off_uint8"])
     assert plain.x_t.shape == (0, *start.shape[1:])
     assert len(plain.t) == len(plain.t_next) == 0
-    assert (other.pixels != ode["off_uint8"]).any()
+    assert (other.pixels != ode["off_uint8"]).mean() > 0.1
 
 
 def test_recorded_sde_window(golden_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,10 +138,7 @@ def test_recorded_sde_window(golden_checkpoint: Checkpoint, monkeypatch: pytest.
     close(drawn.x_next, rollout["window_latents"][1:])
     close(drawn.v_old, rollout["velocities"][first : first + size])
     close(drawn.t, rollout["window_timesteps"], atol=1e-6)
-    wanted = as_pixels(rollout["final_image"])
-    # A pixel on the border between two integers may fall to the other side.
-    assert np.abs(drawn.pixels.astype(int) - wanted.astype(int)).max() <= 1
-    assert (drawn.pixels == wanted).mean() > 0.995
+    same_image(drawn.pixels, as_pixels(rollout["final_image"]))
 
 
 def test_window_states_are_joined_by_the_recorded_noise(golden_checkpoint: Checkpoint) -> None:
