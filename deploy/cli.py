@@ -83,19 +83,20 @@ def evaluate(
     recipe: Annotated[str, typer.Option(help="Recipe whose prompts, rewards and actors are used.")] = "shapes",
     overrides: Overrides = None,
 ) -> None:
-    """Score a checkpoint on the held-out prompts."""
-    from deploy.evaluation import to_markdown
+    """Score a checkpoint on the held-out prompts: JSON, a Markdown table and a grid of images with their reasoning."""
     from deploy.evaluation_run import evaluate as run_evaluation
-    from deploy.session import open_session
+    from deploy.evaluation_run import write_outcome
+    from deploy.session import open_evaluation
 
     # The time makes the name new, so that a checkpoint can be evaluated again.
     name = f"run_name=eval-{Path(model).resolve().name}-{datetime.now():%Y%m%d-%H%M%S}"
-    config = load_config(recipe, [name, f"model.path={model}", "objective.velocity_mse=0", *(overrides or [])])
-    with open_session(config) as session:
-        session.rollout.sync(*session.learner.publish())
+    config = load_config(recipe, [name, f"model.path={model}", *(overrides or [])])
+    with open_evaluation(config) as session:
         result = run_evaluation(session, step=0)
-    typer.echo(to_markdown(result))
-    typer.echo(str(session.run.evaluation_file(0)))
+    table, grid = write_outcome(session, 0, result)
+    typer.echo(table.read_text(encoding="utf-8"))
+    for path in (session.run.evaluation_file(0), table, grid):
+        typer.echo(str(path))
 
 
 @app.command()

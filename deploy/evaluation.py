@@ -5,6 +5,7 @@ Images of one prompt are not independent, so intervals resample prompts, not ima
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,29 +14,28 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
-
-from common.types import Group
 
 Result = dict[str, Any]
 
 HEADLINES = {
     "strict": "Strict accuracy",
     "task_mean": "Mean of task accuracies",
+    "ta": "TA-like score",
     "partial": "Partial score",
     "reasoning_accuracy": "Reasoning accuracy",
     "image_given_reasoning": "Image accuracy given right reasoning",
 }
-"""Keys of a result that are single numbers in [0, 1] (or None), with their names for people."""
+"""Keys of a result that are single numbers in [0, 1] (or None), with their names for people. task_mean is GenEval's
+overall score: every task counts alike, however many prompts it has."""
 
 _RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One held-out image. strict is 0 or 1, NaN if it could not be scored; partial is in [0, 1] or NaN;
-    reasoning_correct is None where reasoning cannot be judged. png and chain (its number within the prompt) serve the
-    report only."""
+    """One held-out image. strict is 0 or 1, NaN if it could not be scored; partial is in [0, 1] or NaN, and so is ta,
+    the share of the prompt's exam questions answered yes; reasoning_correct is None where reasoning cannot be judged.
+    png and chain (its number within the prompt) serve people only."""
 
     tag: str
     prompt: str
@@ -45,6 +45,7 @@ class Sample:
     reasoning_correct: bool | None
     png: bytes = b""
     chain: int = 0
+    ta: float = math.nan
 
 
 def summarise(rows: Sequence[Sample], *, version: int, step: int | None = None, seed: int = 0) -> Result:
@@ -71,6 +72,8 @@ def summarise(rows: Sequence[Sample], *, version: int, step: int | None = None, 
         "strict": _mean([row.strict for row in scored]),
         "strict_interval": _interval(_ratios(prompts, "strict", "images", seed)),
         "task_mean": _mean([tag["strict"] for tag in by_tag.values()]),
+        "ta": _mean([row.ta for row in scored]),
+        "ta_interval": _interval(_ratios(prompts, "ta", "ta_images", seed)),
         "partial": _mean([row.partial for row in scored]),
         "reasoning_accuracy": _mean([float(row.reasoning_correct is True) for row in judged]),
         "image_given_reasoning": _mean([row.strict for row in judged if row.reasoning_correct]),
@@ -82,7 +85,7 @@ def summarise(rows: Sequence[Sample], *, version: int, step: int | None = None, 
 def compare(before: Result, after: Result, seed: int = 0) -> Result:
     """Two results, on the prompts that both have. ValueError if they share none.
 
-    Every headline gets {before, after, difference}; strict and reasoning_accuracy also an `interval` of the
+    Every headline gets {before, after, difference}; strict, ta and reasoning_accuracy also an `interval` of the
     difference, from a bootstrap over prompts in which both results see the same resample. by_tag holds the strict
     accuracies. A number that one side lacks is None, and so is its difference.
     """
@@ -94,7 +97,11 @@ def compare(before: Result, after: Result, seed: int = 0) -> Result:
     result: Result = {"n_prompts": len(common)}
     for key in HEADLINES:
         result[key] = _difference(before[key], after[key])
-    for key, hits, counts in (("strict", "strict", "images"), ("reasoning_accuracy", "reasoning_correct", "judged")):
+    for key, hits, counts in (
+        ("strict", "strict", "images"),
+        ("ta", "ta", "ta_images"),
+        ("reasoning_accuracy", "reasoning_correct", "judged"),
+    ):
         result[key] = _difference(_ratio(first, hits, counts), _ratio(last, hits, counts))
         old, new = (_ratios(side, hits, counts, seed) for side in (first, last))
         result[key]["interval"] = None if old is None or new is None else _interval(new - old)
@@ -112,10 +119,10 @@ def table(before: Result, after: Result | None = None) -> list[tuple[str, str, s
 
     def line(key: str, name: str, *path: str) -> tuple[str, str, str, str]:
         old = _at(before, *path)
-        cell = percent(old) + (_span(before["strict_interval"]) if key == "strict" else "")
+        cell = percent(old) + _span(before.get(f"{key}_interval"))
         if after is None or versus is None:
             return name, cell, "", ""
-        new = percent(_at(after, *path)) + (_span(after["strict_interval"]) if key == "strict" else "")
+        new = percent(_at(after, *path)) + _span(after.get(f"{key}_interval"))
         change = versus["by_tag"].get(key) if path[0] == "by_tag" else versus[key]
         return name, cell, new, _points(change)
 
@@ -129,7 +136,7 @@ def table(before: Result, after: Result | None = None) -> list[tuple[str, str, s
 def to_markdown(result: Result, before: Result | None = None) -> str:
     """A Markdown table of one result, or of a result against the one before it."""
     rows = table(before, result) if before else [row[:2] for row in table(result)]
-    header = ("", "before", "after", "difference")[: len(rows[0])] if before else ("", f"version {result['version']}")
+    header = ("", "before", "after", "difference") if before else ("", "result")
     lines = [f"{result['n_prompts']} prompts x {result['images_per_prompt']} images", ""]
     lines += ["| " + " | ".join(cells) + " |" for cells in (header, ("---",) * len(header), *rows)]
     return "\n".join(lines) + "\n"
@@ -140,25 +147,14 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f} %"
 
 
-def image_grid(groups: Sequence[Group], scale: int = 1, gap: int = 2) -> Image.Image:
-    """One row per group, one column per chain, pixels repeated `scale` times, `gap` white pixels around each."""
-    rows = [[chain.image.pixels for chain in group.chains] for group in groups]
-    height = max(pixels.shape[0] for row in rows for pixels in row) * scale + gap
-    width = max(pixels.shape[1] for row in rows for pixels in row) * scale + gap
-    grid = Image.new("RGB", (gap + width * max(map(len, rows)), gap + height * len(rows)), "white")
-    for y, row in enumerate(rows):
-        for x, pixels in enumerate(row):
-            image = Image.fromarray(pixels.repeat(scale, 0).repeat(scale, 1))
-            grid.paste(image, (gap + x * width, gap + y * height))
-    return grid
-
-
 def _counts(rows: list[Sample]) -> dict[str, Any]:
     return {
         "tag": rows[0].tag,
         "prompt": rows[0].prompt,
         "images": len(rows),
         "strict": sum(row.strict for row in rows),
+        "ta": sum(row.ta for row in rows if not np.isnan(row.ta)),
+        "ta_images": sum(not np.isnan(row.ta) for row in rows),
         "judged": sum(row.reasoning_correct is not None for row in rows),
         "reasoning_correct": sum(row.reasoning_correct is True for row in rows),
     }
@@ -167,6 +163,7 @@ def _counts(rows: list[Sample]) -> dict[str, Any]:
 def _tag_result(prompts: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "strict": _ratio(prompts, "strict", "images"),
+        "ta": _ratio(prompts, "ta", "ta_images"),
         "n_prompts": len(prompts),
         "n_images": sum(prompt["images"] for prompt in prompts),
     }

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
+from numpy.typing import NDArray
 
 from common.prompts import evenly
 from common.records import encode_png
+from common.rundir import replacing
 from common.shapes.reasoning import reasoning_correct
 from common.shapes.vocab import TAGS
 from common.types import Group
-from deploy.evaluation import Sample, summarise
-from deploy.report import write_samples
+from deploy.evaluation import Sample, summarise, to_markdown
+from deploy.grid import sample_grid
+from deploy.report import read_samples, write_samples
 from deploy.requests import evaluation_requests
-from deploy.session import Session
-from rewards.pool import Ticket
+from deploy.session import EvaluationSession
+from rewards.pool import Scored, Ticket
 
 
 @ray.remote(num_cpus=0)
@@ -33,7 +38,7 @@ def describe(group: Group, pictures: bool) -> list[dict[str, Any]]:
     ]
 
 
-def evaluate(session: Session, step: int) -> dict[str, Any]:
+def evaluate(session: EvaluationSession, step: int) -> dict[str, Any]:
     """Evaluates the weights that the replicas hold; writes eval/step-*.json and the samples of the report."""
     config, run = session.config, session.run
     session.progress.phase(f"evaluating {len(session.heldout)} held-out prompts at step {step}")
@@ -45,7 +50,8 @@ def evaluate(session: Session, step: int) -> dict[str, Any]:
         tickets[place] = session.rewards.start(ref, batch.sizes[place])
         details[place] = describe.remote(ref, session.heldout[place].id in shown)
     scored = session.rewards.finish([tickets[place] for place in range(len(tickets))])
-    strict = next((v for k, v in scored.components.items() if k.endswith("/strict")), scored.total)
+    strict, partial = (_component(scored, name, scored.total) for name in ("strict", "partial"))
+    ta = _component(scored, "ta", np.full(scored.total.shape, np.nan))
     rows = []
     for place, prompt in enumerate(session.heldout):
         for chain, about in enumerate(ray.get(details[place], timeout=config.rollout.deadline_s)):
@@ -54,7 +60,8 @@ def evaluate(session: Session, step: int) -> dict[str, Any]:
                     tag=str(prompt.metadata.get("tag", "")),
                     prompt=prompt.text,
                     strict=float(strict[place, chain]),
-                    partial=float(scored.total[place, chain]),
+                    partial=float(partial[place, chain]),
+                    ta=float(ta[place, chain]),
                     chain=chain,
                     **about,
                 )
@@ -67,3 +74,20 @@ def evaluate(session: Session, step: int) -> dict[str, Any]:
         f"image given right reasoning {result['image_given_reasoning'] or 0:.3f}"
     )
     return result
+
+
+def _component(scored: Scored, name: str, otherwise: NDArray[np.floating]) -> NDArray[np.floating]:
+    """The column [B, G] that a scorer calls by this name, whatever the scorer's weight: a run on another reward is
+    judged by the detector too if the recipe lists it with weight 0."""
+    return next((values for key, values in scored.components.items() if key.endswith(f"/{name}")), otherwise)
+
+
+def write_outcome(session: EvaluationSession, step: int, result: dict[str, Any]) -> tuple[Path, Path]:
+    """The evaluation for people, beside its JSON: a Markdown table, and the sample images as a grid."""
+    table, grid = (session.run.evaluation_file(step).with_suffix(suffix) for suffix in (".md", ".png"))
+    with replacing(table) as aside:
+        aside.write_text(to_markdown(result), encoding="utf-8")
+    picture = sample_grid(read_samples(session.run.samples_file(step)))
+    with replacing(grid) as aside:
+        picture.save(aside, "PNG")
+    return table, grid

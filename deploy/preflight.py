@@ -40,12 +40,12 @@ class Demand:
         return {"CPU": self.cpus, "GPU": self.gpus, **self.custom}
 
 
-def demands(config: TrainConfig) -> list[Demand]:
-    """The actors of a run."""
+def demands(config: TrainConfig, learner_too: bool = True) -> list[Demand]:
+    """The actors of a run, or of an evaluation, which has no learner."""
     rollout, learner = config.rollout, config.learner
     return [
         Demand("rollout", rollout.replicas, rollout.cpus, rollout.gpus * rollout.tensor_parallel, rollout.custom),
-        Demand("learner", learner.ranks, learner.cpus, learner.gpus, learner.custom),
+        *([Demand("learner", learner.ranks, learner.cpus, learner.gpus, learner.custom)] if learner_too else []),
         *(Demand(f"reward:{s.name}", s.replicas, s.cpus, s.gpus, s.custom) for s in config.rewards),
     ]
 
@@ -99,9 +99,9 @@ def check_lengths(config: TrainConfig, model: Outline, prompts: list[Prompt]) ->
             )
 
 
-def check_resources(config: TrainConfig, capacity: Mapping[str, float]) -> None:
+def check_resources(config: TrainConfig, capacity: Mapping[str, float], learner_too: bool = True) -> None:
     """ConfigError if the actors together ask for more than the cluster has; capacity by Ray's resource names."""
-    asked = demands(config)
+    asked = demands(config, learner_too)
     for name in dict.fromkeys(name for demand in asked for name in demand.resources):
         shares = [(d.kind, d.count, d.resources.get(name, 0.0)) for d in asked]
         want, have = sum(count * each for _, count, each in shares), capacity.get(name, 0.0)

@@ -35,6 +35,7 @@ SAMPLES = pa.schema(
         "strict": pa.float32(),
         "partial": pa.float32(),
         "reasoning_correct": pa.bool_(),
+        "ta": pa.float32(),
     }
 )
 """eval/step-*.parquet: one row per image. strict is NaN if unscored, reasoning_correct null if it cannot be judged."""

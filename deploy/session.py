@@ -32,33 +32,39 @@ CONNECT_S = 10.0
 
 
 @dataclass(frozen=True)
-class Session:
-    """A run directory, the prompts, the actors, and where to begin."""
+class EvaluationSession:
+    """A run directory, the held-out prompts, and the actors that draw and judge them."""
 
     config: TrainConfig
     run: RunDirectory
-    order: PromptOrder
     heldout: list[Prompt]
     rollout: RolloutPool
     rewards: RewardPool
-    learner: LearnerGroup
-    trackers: Trackers
     progress: Progress
-    first_step: int
 
     @property
     def version(self) -> int:
-        """The weight version that the replicas hold."""
-        return self.rollout.weights[0].version if self.rollout.weights else -1
+        """The weight version that the replicas hold; 0 for the checkpoint they were built from."""
+        return self.rollout.weights[0].version if self.rollout.weights else 0
 
 
-def connect(config: TrainConfig) -> None:
+@dataclass(frozen=True)
+class Session(EvaluationSession):
+    """Also the training prompts, the learner, and where to begin."""
+
+    order: PromptOrder
+    learner: LearnerGroup
+    trackers: Trackers
+    first_step: int
+
+
+def connect(config: TrainConfig, learner_too: bool = True) -> None:
     """Joins the cluster that RAY_ADDRESS (set inside a Ray job) names, or starts a local one of this machine's CPUs."""
     address = os.environ.get("RAY_ADDRESS")
     if address:
         _join(address)
     else:
-        check_resources(config, {"CPU": local_cpus(), "GPU": float("inf")})
+        check_resources(config, {"CPU": local_cpus(), "GPU": float("inf")}, learner_too)
         ray.init(
             address="local",
             num_cpus=local_cpus(),
@@ -67,7 +73,7 @@ def connect(config: TrainConfig) -> None:
             logging_level=logging.ERROR,
             object_store_memory=512 << 20,
         )
-    check_resources(config, capacity())
+    check_resources(config, capacity(), learner_too)
 
 
 def _join(address: str) -> None:
@@ -141,4 +147,24 @@ def open_session(config: TrainConfig, resume: bool = False) -> Iterator[Session]
         trackers = Trackers(config, run, first if resume else None)
         stack.callback(trackers.close)
         order = PromptOrder(inputs.train, config.data.prompts_per_step, config.seed)
-        yield Session(config, run, order, inputs.heldout, rollout, rewards, learner, trackers, progress, first)
+        yield Session(config, run, inputs.heldout, rollout, rewards, progress, order, learner, trackers, first)
+
+
+@contextmanager
+def open_evaluation(config: TrainConfig) -> Iterator[EvaluationSession]:
+    """As `open_session` without a learner: the replicas keep the weights of the checkpoint they were built from."""
+    inputs = check_inputs(config)
+    run = RunDirectory(config.directory)
+    with ExitStack() as stack:
+        progress = stack.enter_context(Progress(0))
+        progress.phase("starting Ray")
+        connect(config, learner_too=False)
+        stack.callback(ray.shutdown)
+        run.create(to_yaml(config))
+        progress.phase(f"starting {config.rollout.replicas} rollout replicas")
+        rollout = RolloutPool(config)
+        stack.callback(rollout.close)
+        rewards = RewardPool(config.rewards, config.run_name, config.on_nonfinite)
+        stack.callback(rewards.close)
+        rollout.wait_ready()
+        yield EvaluationSession(config, run, inputs.heldout, rollout, rewards, progress)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from common.config import Section
 from common.shapes.detect import detect
-from common.shapes.score import partial, strict, validate_metadata
+from common.shapes.score import partial, strict, text_alignment, validate_metadata
 from common.types import Prompt
 from rewards.scorer import Scorer, ScorerOutput
 
@@ -22,7 +22,8 @@ class ShapesOptions(Section):
 
 
 class ShapesScorer(Scorer):
-    """Does the picture show what the prompt's metadata asks for? Both modes are recorded as components."""
+    """Does the picture show what the prompt's metadata asks for? Both modes are recorded as components, and so is
+    the TA-like score, `ta`."""
 
     options_model = ShapesOptions
 
@@ -35,6 +36,7 @@ class ShapesScorer(Scorer):
         components = {
             "partial": np.array([partial(*pair) for pair in pairs], np.float32),
             "strict": np.array([strict(*pair) for pair in pairs], np.float32),
+            "ta": np.array([text_alignment(*pair) for pair in pairs], np.float32),
         }
         return ScorerOutput(components[self._mode], components)
 

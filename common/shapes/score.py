@@ -97,6 +97,37 @@ def partial(metadata: Metadata, detections: Sequence[Detection]) -> float:
     return sum(credit.values()) / len(credit)
 
 
+def exam(metadata: Metadata, detections: Sequence[Detection]) -> dict[str, bool]:
+    """Yes/no questions on what the prompt asks for, by name, each for itself (the paper's TA protocol): the object is
+    there; there are exactly so many; so many have the color; one stands in the relation, whatever the colors.
+
+    Unlike `points` nothing asks about objects that the prompt does not name.
+    """
+
+    def of_class(entry: Mapping[str, Any]) -> list[Detection]:
+        return [d for d in detections if entry["class"] in (ANY, d.shape)]
+
+    include = metadata["include"]
+    answers: dict[str, bool] = {}
+    for index, entry in enumerate(include):
+        name, count, color, found = entry["class"], entry["count"], entry.get("color"), of_class(entry)
+        answers[f"{index}: {name} present"] = bool(found)
+        answers[f"{index}: exactly {count} {name}"] = len(found) == count
+        if color is not None:
+            answers[f"{index}: {name} is {color}"] = sum(d.color == color for d in found) >= count
+        if entry.get("position") is not None:
+            relation, target = entry["position"]
+            pairs = ((a, b) for a in found for b in of_class(include[target]))
+            answers[f"{index}: {relation} {target}"] = any(relation in relations(a, b) for a, b in pairs)
+    return answers
+
+
+def text_alignment(metadata: Metadata, detections: Sequence[Detection]) -> float:
+    """One image's TA-like score: the share of `exam` questions answered yes, in [0, 1]."""
+    answers = exam(metadata, detections)
+    return sum(answers.values()) / len(answers)
+
+
 def _check_entry(entry: object, where: str, index: int, keys: set[str]) -> None:
     if type(entry) is not dict:
         raise ValueError(f"{where} is {entry!r}; give a dict with the keys {sorted(keys)}")

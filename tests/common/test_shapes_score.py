@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.shapes.detect import Detection
-from common.shapes.score import partial, points, relations, strict, validate_metadata
+from common.shapes.score import exam, partial, points, relations, strict, text_alignment, validate_metadata
 from common.shapes.vocab import COLORS, SHAPES
 
 
@@ -134,6 +134,35 @@ def test_partial_rises_as_the_object_moves_to_its_side() -> None:
     values = [partial(want, [_at(50, 50, "square"), _at(50 - dx, 66)]) for dx in (-16, 4, 8, 10, 16)]
     assert values == sorted(set(values))
     assert values[-1] == 1
+
+
+_SQUARE, _RED_LEFT = {"class": "square", "count": 1}, {"color": "red", "position": ["left of", 0]}
+
+
+@pytest.mark.parametrize(
+    ("found", "wrong"),
+    [
+        ([_at(24, 8, "square"), _at(8, 8)], set()),
+        # A color that is wrong costs its own question, not also the relation's.
+        ([_at(24, 8, "square"), _at(8, 8, color="blue")], {"1: circle is red"}),
+        ([_at(8, 8, "square"), _at(24, 8)], {"1: left of 0"}),
+        ([_at(24, 8, "square"), _at(8, 8), _at(8, 24)], {"1: exactly 1 circle"}),
+        # What the prompt does not name is not asked about.
+        ([_at(24, 8, "square"), _at(8, 8), _at(8, 24, "ring")], set()),
+        ([_at(24, 8, "square")], {"1: circle present", "1: exactly 1 circle", "1: circle is red", "1: left of 0"}),
+        ([_at(8, 8)], {"0: square present", "0: exactly 1 square", "1: left of 0"}),
+    ],
+)
+def test_exam_questions_stand_for_themselves(found: list[Detection], wrong: set[str]) -> None:
+    want = _metadata(_SQUARE, {"class": "circle", "count": 1, **_RED_LEFT}, exclude=[{"class": "object", "count": 3}])
+    answers = exam(want, found)
+    assert {name for name, yes in answers.items() if not yes} == wrong
+    assert text_alignment(want, found) == pytest.approx(1 - len(wrong) / 6)
+
+
+def test_exam_counts_exactly() -> None:
+    want = _metadata({"class": "circle", "count": 2, "color": "red"})
+    assert [text_alignment(want, [_at(8, 8)] * n) for n in range(4)] == pytest.approx([0, 1 / 3, 1, 2 / 3])
 
 
 _found = st.lists(

@@ -46,6 +46,12 @@ def test_missing_checkpoint(monkeypatch, capsys) -> None:
     assert "nowhere" in attempt(monkeypatch, capsys, "train", "shapes", "model.path=nowhere")
 
 
+def test_eval_of_a_missing_checkpoint_or_prompt_file(monkeypatch, capsys) -> None:
+    assert "nowhere" in attempt(monkeypatch, capsys, "eval", "nowhere")
+    error = attempt(monkeypatch, capsys, "eval", str(MODEL), "data.heldout=missing.jsonl")
+    assert "missing.jsonl" in error
+
+
 def test_truncated_checkpoint(monkeypatch, capsys, broken_model: Path) -> None:
     weights = broken_model / "ema.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])

@@ -11,12 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file
 
 from common.config import load_config
 from common.metrics import METRICS
 from common.records import read_groups
 from common.rundir import RunDirectory
+from deploy.grid import CELL
 from learner.checkpoint import verify
 
 SMALL = [
@@ -118,6 +120,19 @@ def test_checkpoints_evaluations_and_report(whole: RunDirectory) -> None:
     assert results[0]["version"] == 0 and results[3]["version"] == 3
     assert "data:image/png;base64" in whole.report.read_text()
     assert list(whole.tensorboard.iterdir())
+
+
+def test_eval_finds_what_the_training_found_and_starts_no_learner(whole: RunDirectory, tmp_path: Path) -> None:
+    program, *rest = command(tmp_path, "unused", "learner.cpus=64")  # more than there is room for
+    overrides = [argument for argument in rest[2:] if not argument.startswith("run_name")]
+    output = run([program, "eval", str(whole.checkpoint(3) / "policy"), *overrides])
+    found, table, grid = (Path(line) for line in output.splitlines()[-3:])
+    result = json.loads(found.read_bytes())
+    trained = whole.read_evaluations()[3]
+    assert {**result, "step": 3, "version": 3} == trained
+    assert f"| TA-like score | {100 * trained['ta']:.1f} % (" in table.read_text()
+    with Image.open(grid) as picture:
+        assert picture.format == "PNG" and picture.height > 7 * CELL
 
 
 def test_a_killed_run_resumes_as_if_it_had_not_stopped(whole: RunDirectory, tmp_path: Path) -> None:

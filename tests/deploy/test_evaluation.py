@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from common.records import encode_png
 from common.rundir import dump_json
-from common.types import Chain, Group, ImageSegment, Prompt
-from deploy.evaluation import Sample, compare, image_grid, percent, summarise, table, to_markdown
+from deploy.evaluation import Sample, compare, percent, summarise, table, to_markdown
+from deploy.grid import CELL, GAP, sample_grid
 
 
 def _sample(tag: str, prompt: str, strict: float, reasoning: bool | None = None, partial: float = 0.5) -> Sample:
@@ -44,8 +45,8 @@ def test_numbers_by_hand() -> None:
     assert (result["n_images"], result["unscored"]) == (6, 0)
     assert result["strict"] == pytest.approx(3 / 6)
     assert result["by_tag"] == {
-        "color": {"strict": 0.75, "n_prompts": 2, "n_images": 4},
-        "count": {"strict": 0.0, "n_prompts": 1, "n_images": 2},
+        "color": {"strict": 0.75, "ta": None, "n_prompts": 2, "n_images": 4},
+        "count": {"strict": 0.0, "ta": None, "n_prompts": 1, "n_images": 2},
     }
     assert result["task_mean"] == pytest.approx(0.375)
     assert result["partial"] == pytest.approx((4 * 0.5 + 2 * 0.25) / 6)
@@ -152,20 +153,32 @@ def _with(rows: list[Sample], **changes: Any) -> list[Sample]:
     return [Sample(**{**vars(row), **changes}) for row in rows]
 
 
-def test_image_grid_places_groups_in_rows_and_chains_in_columns() -> None:
-    def group(*shades: int) -> Group:
-        empty = np.zeros((0, 1, 1), np.float32)
-        images = [
-            ImageSegment(
-                empty, empty, empty, empty[:, 0, 0], empty[:, 0, 0], np.full((4, 6, 3), s, np.uint8), (1, 1), 0
-            )
-            for s in shades
-        ]
-        return Group(Prompt("p", "p", {}), 0, tuple(Chain((image,), 0) for image in images))
+def test_ta_is_the_mean_over_images_and_changes_pair_by_prompt() -> None:
+    shares = [1, 0.5, 0.75, 0.75, 0.25, math.nan]
+    before = summarise([Sample(**{**vars(r), "ta": t}) for r, t in zip(ROWS, shares, strict=True)], version=0)
+    assert before["ta"] == pytest.approx(3.25 / 5)
+    assert before["by_tag"]["count"]["ta"] == pytest.approx(0.25)
+    assert before["ta_interval"][0] < before["ta"] < before["ta_interval"][1]
+    after = summarise(_with(ROWS, ta=1.0), version=1)
+    assert compare(before, after)["ta"]["difference"] == pytest.approx(1 - 3.25 / 5)
+    assert compare(before, after)["ta"]["interval"][0] > 0
+    assert table(before)[2][1].startswith("65.0 % (")
 
-    grid = image_grid([group(10, 20, 30), group(40)], scale=2, gap=3)
-    assert grid.size == (3 + 3 * 15, 3 + 2 * 11)
-    assert [grid.getpixel((3 + 15 * x, 3))[0] for x in range(3)] == [10, 20, 30]
-    assert grid.getpixel((14, 3 + 11 + 7))[0] == 40
-    assert grid.getpixel((15, 3)) == (255, 255, 255)
-    assert grid.getpixel((18, 14)) == (255, 255, 255)
+
+def test_grid_shows_prompts_in_rows_with_right_and_wrong_framed() -> None:
+    def shade(prompt: str, value: int, strict: float, size: int = 8) -> Sample:
+        png = encode_png(np.full((size, size, 3), value, np.uint8))
+        return Sample("t", prompt, "<think> plan \u2192 \u4e2d </think>", strict, 0.5, None, png)
+
+    grid = sample_grid([shade("a", 10, 1), shade("a", 20, 0), shade("b", 40, math.nan, 300)])
+    pixels = np.asarray(grid)
+    assert pixels.shape[1] == GAP + 2 * (CELL + GAP)
+    rows = [np.flatnonzero((pixels == value).all(2).sum(1) >= CELL) for value in (10, 20, 40)]
+    assert [len(r) for r in rows] == [CELL] * 3
+    assert (rows[0] == rows[1]).all() and rows[2][0] > rows[0][-1]
+    frame = pixels[rows[0][0] - 2]
+    left, right = frame[GAP + CELL // 2], frame[2 * GAP + CELL + CELL // 2]
+    assert left[1] > left[0] and right[0] > right[1]
+    assert (pixels[rows[2][0] - 2, GAP + CELL // 2] == 255).all()
+    with pytest.raises(ValueError, match=r"evaluation\.samples"):
+        sample_grid([])

@@ -34,6 +34,7 @@ def test_shapes_rewards_the_truth_and_not_another_picture(mode: str) -> None:
     assert output.values.dtype == np.float32
     np.testing.assert_array_equal(output.components["strict"], [1, 0, 0, 0])
     np.testing.assert_allclose(output.components["partial"], [1, 0, 2 / 3, 0], rtol=1e-6)
+    np.testing.assert_allclose(output.components["ta"], [1, 0, 2 / 3, 0], rtol=1e-6)
     np.testing.assert_array_equal(output.values, output.components[mode])
 
 

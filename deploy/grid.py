@@ -1,0 +1,64 @@
+"""Evaluated images as one picture for people: a row per prompt, its images with the reasoning under each."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+
+import matplotlib
+from PIL import Image, ImageDraw, ImageFont
+
+from deploy.evaluation import Sample
+
+CELL, GAP, FONT_SIZE, LINE = 176, 12, 11, 14  # px
+RIGHT, WRONG, INK = "#137a3f", "#b3261e", "#1b1f24"
+
+
+def sample_grid(samples: Sequence[Sample], images_per_prompt: int = 4) -> Image.Image:
+    """Samples with a png, in their order; a right image has a green frame, a wrong one a red one, one that was not
+    scored none. ValueError without samples."""
+    rows = [list(of)[:images_per_prompt] for _, of in groupby(samples, key=lambda s: (s.tag, s.prompt)) if of]
+    if not rows:
+        raise ValueError("there are no samples to draw; raise evaluation.samples")
+    font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", FONT_SIZE)
+    columns = max(map(len, rows))
+    title_width = (columns * (CELL + GAP)) // 7  # characters of this font are about 7 px wide
+    titles = [textwrap.wrap(f"{row[0].prompt}  [{row[0].tag}]", title_width) for row in rows]
+    texts = [[textwrap.wrap(sample.reasoning, CELL // 6) for sample in row] for row in rows]
+    heights = [
+        LINE * (len(title) + max(map(len, of_row))) + CELL + 3 * GAP
+        for title, of_row in zip(titles, texts, strict=True)
+    ]
+    canvas = Image.new("RGB", (GAP + columns * (CELL + GAP), GAP + sum(heights)), "white")
+    pen = ImageDraw.Draw(canvas)
+    top = GAP
+    for row, title, of_row, height in zip(rows, titles, texts, heights, strict=True):
+        pen.text((GAP, top), "\n".join(title), INK, font, spacing=LINE - FONT_SIZE)
+        below = top + LINE * len(title) + GAP // 2
+        for column, (sample, text) in enumerate(zip(row, of_row, strict=True)):
+            left = GAP + column * (CELL + GAP)
+            canvas.paste(_fitted(sample.png), (left, below))
+            if sample.strict == sample.strict:  # not NaN
+                pen.rectangle((left - 3, below - 3, left + CELL + 2, below + CELL + 2), None, _frame(sample), 3)
+            pen.text((left, below + CELL + GAP // 2), "\n".join(text), INK, font, spacing=LINE - FONT_SIZE)
+        top += height
+    return canvas
+
+
+def _frame(sample: Sample) -> str:
+    return RIGHT if sample.strict == 1 else WRONG
+
+
+def _fitted(png: bytes) -> Image.Image:
+    """The image within a cell; small pixels stay sharp squares."""
+    with Image.open(io.BytesIO(png)) as image:
+        small = max(image.size) <= CELL
+        scale = CELL / max(image.size)
+        size = (round(image.width * scale), round(image.height * scale))
+        resized = image.convert("RGB").resize(size, Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
+    cell = Image.new("RGB", (CELL, CELL), "white")
+    cell.paste(resized)
+    return cell
