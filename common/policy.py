@@ -128,7 +128,7 @@ class OpenPolicy(ABC):
         return lambda x_t, t: self.policy.velocity(x_t, t, context, grid)
 
     def guidance(self, prompts: list[str], system: str, cfg: Cfg) -> Guidance:
-        """What `velocities` needs to guide the images of these prompts. ConfigError where the policy has no guidance."""
+        """What `velocities` needs to guide the images of these prompts. ConfigError if the policy has no guidance."""
         raise ConfigError(f"evaluation.cfg.text_scale is {cfg.text_scale}: this kind of model has no guidance; give 1")
 
     @abstractmethod
