@@ -180,6 +180,8 @@ class Learner(Resources):
     """Compute type; masters are always fp32."""
     chains_per_micro_batch: Count = 64
     """Chains in one forward and backward of a rank."""
+    activation_checkpointing: bool = False
+    """Keep only the inputs of each layer for the backward: a third more operations, a small part of the memory."""
     deadline_s: Positive = 600.0
     """Longest wait for an update or a collective."""
 

@@ -78,6 +78,10 @@ class Policy(nn.Module, ABC):
         """The packed forward of the learner: every text once, all images of all chains together."""
 
     @abstractmethod
+    def recompute_activations(self) -> None:
+        """From here on training keeps what enters each layer only and computes the rest again in the backward."""
+
+    @abstractmethod
     def parameter_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
         """Trainable parameters by role, `reasoning` and `denoising`."""
 

@@ -46,6 +46,8 @@ class LearnerRank:
         clip = o.image_clip
         if clip == "scaled":
             clip = flow.scaled_image_clip(rows * cols * self.checkpoint.token_dim)
+        if config.learner.activation_checkpointing:
+            policy.recompute_activations()
         groups = policy.parameter_groups()
         self.rates = {
             "reasoning": config.optimizer.lr_reasoning,

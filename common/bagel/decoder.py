@@ -8,13 +8,15 @@ to them. Rollout and learner use the same two calls, which keeps their numbers e
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from common.bagel.config import LLMConfig
 
@@ -110,6 +112,23 @@ class Layer(nn.Module):
             self.add_module("input_layernorm" + expert, RMSNorm(config.hidden_size, config.rms_norm_eps))
             self.add_module("post_attention_layernorm" + expert, RMSNorm(config.hidden_size, config.rms_norm_eps))
 
+    def read(self, x: Tensor, rope: Rope, packing: Packing) -> tuple[Tensor, Tensor, Tensor]:
+        """Packed text x [T, H] -> the same after this layer, and its keys and values [B, L, kv_heads, D]."""
+        # Padding is on the right, so the causal mask alone hides it from every real query.
+        q, k, v = (part[packing.index] for part in self.project(x, rope, UND))
+        return self.finish(x, attend(q, k, v, causal=True).flatten(0, 1)[packing.where], UND), k, v
+
+    def draw(
+        self, gen: Tensor, und: Tensor, key: Tensor, value: Tensor, rope: Rope, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Latents gen [M, N, H] and markers und [M, 2, H] -> the same after this layer, attending to each other and
+        to key and value [M, L, kv_heads, D]."""
+        n = gen.shape[1]
+        qg, kg, vg = self.project(gen, rope, GEN)
+        qu, ku, vu = self.project(und, rope, UND)
+        out = attend(torch.cat([qg, qu], 1), torch.cat([key, kg, ku], 1), torch.cat([value, vg, vu], 1), mask=mask)
+        return self.finish(gen, out[:, :n], GEN), self.finish(und, out[:, n:], UND)
+
     def project(self, x: Tensor, rope: Rope, expert: str) -> tuple[Tensor, Tensor, Tensor]:
         return self.self_attn.project(getattr(self, "input_layernorm" + expert)(x), rope, expert)
 
@@ -178,11 +197,14 @@ class Context:
 
 
 class Decoder(nn.Module):
-    """The decoder under BAGEL's names (`language_model.model.*`)."""
+    """The decoder under BAGEL's names (`language_model.model.*`).
+
+    recompute: keep only what enters each layer, and compute the rest of its activations again in the backward.
+    """
 
     def __init__(self, config: LLMConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.recompute = config, False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -194,28 +216,35 @@ class Decoder(nn.Module):
         rope = Rope.at(packing.positions, self.config, x.dtype)
         keys, values = [], []
         for layer in cast(Iterable[Layer], self.layers):
-            # Padding is on the right, so the causal mask alone hides it from every real query.
-            q, k, v = (part[packing.index] for part in layer.project(x, rope, UND))
-            x = layer.finish(x, attend(q, k, v, causal=True).flatten(0, 1)[packing.where], UND)
+            x, k, v = self._run(layer.read, nullcontext, x, rope, packing)
             keys.append(k)
             values.append(v)
         return self.norm(x), Context(keys, values, packing.present, packing.lengths)
 
-    def draw(self, latents: Tensor, markers: Tensor, context: Context) -> Tensor:
+    def draw(
+        self,
+        latents: Tensor,
+        markers: Tensor,
+        context: Context,
+        within: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> Tensor:
         """One pass over M images, each full inside and attending to its context.
 
-        latents [M, N, H] embedded latent tokens, markers [M, 2, H] embedded vision_start and vision_end,
-        context with M rows -> hidden [M, N, H] after the generation expert's final norm.
+        latents [M, N, H] embedded latent tokens, markers [M, 2, H] embedded vision_start and vision_end, context with
+        M rows -> hidden [M, N, H] after the generation expert's final norm. within: what the call runs in, which a
+        recomputation must enter, too.
         """
         gen, und = latents, markers
-        n = gen.shape[1]
         # Every token of an image shares one rope position.
         rope = Rope.at(context.position[:, None], self.config, gen.dtype)
-        own = context.present.new_ones(gen.shape[0], n + 2)
+        own = context.present.new_ones(gen.shape[0], gen.shape[1] + 2)
         mask = torch.cat([context.present, own], 1)[:, None, None, :]
         for layer, key, value in zip(cast(Iterable[Layer], self.layers), context.keys, context.values, strict=True):
-            qg, kg, vg = layer.project(gen, rope, GEN)
-            qu, ku, vu = layer.project(und, rope, UND)
-            out = attend(torch.cat([qg, qu], 1), torch.cat([key, kg, ku], 1), torch.cat([value, vg, vu], 1), mask=mask)
-            gen, und = layer.finish(gen, out[:, :n], GEN), layer.finish(und, out[:, n:], UND)
+            gen, und = self._run(layer.draw, within, gen, und, key, value, rope, mask)
         return self.norm_moe_gen(gen)
+
+    def _run(self, layer: Callable[..., Any], within: Callable[[], AbstractContextManager[None]], *inputs: Any) -> Any:
+        if self.recompute and torch.is_grad_enabled():
+            contexts = lambda: (nullcontext(), within())  # noqa: E731
+            return checkpoint(layer, *inputs, use_reentrant=False, context_fn=contexts)
+        return layer(*inputs)

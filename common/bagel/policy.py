@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -139,15 +139,22 @@ class BagelPolicy(Policy):
         hidden, _ = self.read(batch.ids, batch.packing)
         return list(self.score(hidden[batch.rows], batch.targets)[0].split([len(text) - 1 for text in texts]))
 
-    def velocity(self, x_t: Tensor, t: Tensor, context: Context, grid: tuple[int, int]) -> Tensor:
-        """x_t [M, N, D], t [M], context with M rows -> v [M, N, D] fp32 (v = noise - data)."""
+    def velocity(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        context: Context,
+        grid: tuple[int, int],
+        within: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> Tensor:
+        """x_t [M, N, D], t [M], context with M rows -> v [M, N, D] fp32 (v = noise - data); within as for `draw`."""
         dtype = self.vae2llm.weight.dtype
         row, col = torch.meshgrid(*(torch.arange(n, device=x_t.device) for n in grid), indexing="ij")
         place = self.latent_pos_embed.pos_embed[(row * self.config.max_latent_size + col).flatten()].to(dtype)
         latents = self.vae2llm(x_t.to(dtype)) + self.time_embedder(t)[:, None] + place
         ids = torch.tensor(self.markers, device=x_t.device)
         markers = self.language_model.model.embed_tokens(ids).expand(x_t.shape[0], -1, -1)
-        return self.llm2vae(self.language_model.model.draw(latents, markers, context)).float()
+        return self.llm2vae(self.language_model.model.draw(latents, markers, context, within)).float()
 
     def forward(self, batch: PackedBatch, image_grad_to_text: bool = True, temperature: float = 1.0) -> PolicyOutput:
         """The packed forward of the learner: every text once, all images of all chains together."""
@@ -157,7 +164,8 @@ class BagelPolicy(Policy):
             velocity = self.velocity(batch.x_t, batch.t, context.take(batch.owner), batch.grid)
         else:
             with self._constant_reasoning():
-                velocity = self.velocity(batch.x_t, batch.t, context.detach().take(batch.owner), batch.grid)
+                constant = context.detach().take(batch.owner)
+                velocity = self.velocity(batch.x_t, batch.t, constant, batch.grid, self._constant_reasoning)
         return PolicyOutput(logprobs, entropy, velocity)
 
     @contextmanager
@@ -171,6 +179,9 @@ class BagelPolicy(Policy):
         finally:
             for parameter in parameters:
                 parameter.requires_grad_(True)
+
+    def recompute_activations(self) -> None:
+        self.language_model.model.recompute = True
 
     def parameter_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
         """Trainable parameters by role: `reasoning` (understanding expert, embeddings, head) and `denoising`."""

@@ -155,6 +155,35 @@ def test_cut_forward_is_the_same_with_and_without_gradients(trainable: BagelPoli
         assert torch.equal(output.logprobs, again.logprobs)
 
 
+@pytest.mark.parametrize("image_grad_to_text", [True, False])
+def test_recomputing_activations_keeps_less_and_changes_no_gradient(
+    trainable: BagelPolicy, image_grad_to_text: bool
+) -> None:
+    batch = batch_of(trainable, random_texts(trainable, (9, 14)), [3, 3], [0, 1, 1])
+    found = []
+    for recompute in (False, True):
+        if recompute:
+            trainable.recompute_activations()
+        kept = [0]
+
+        def count(tensor: torch.Tensor, kept: list[int] = kept) -> torch.Tensor:
+            kept[0] += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            output = trainable(batch, image_grad_to_text)
+        (output.velocity.square().mean() - output.logprobs.mean()).backward()
+        gradients = {n: p.grad.clone() for n, p in trainable.named_parameters() if p.grad is not None}
+        found.append((kept[0], output, gradients))
+        trainable.zero_grad(set_to_none=True)
+    (plain, one, gradients), (less, other, again) = found
+    assert less < plain / 4
+    assert torch.equal(one.velocity, other.velocity) and torch.equal(one.logprobs, other.logprobs)
+    assert gradients.keys() == again.keys()
+    for name, gradient in gradients.items():
+        close(again[name], gradient, atol=1e-7, rtol=1e-5)
+
+
 def test_text_gradient_leaves_denoising_parameters_alone(trainable: BagelPolicy) -> None:
     batch = batch_of(trainable, random_texts(trainable, (9, 14)), [3, 3], [0, 1])
     norms = gradients(trainable, trainable(batch).logprobs.mean())
