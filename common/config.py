@@ -354,8 +354,9 @@ def resolve_path(path: str) -> Path:
     raise ConfigError(f"{path} does not exist (looked in {Path().resolve()} and in the repository); correct the path")
 
 
-def read_recipe(recipe: str) -> dict[str, Any]:
-    """A recipe's content by path or by the name of a file in deploy/recipes."""
+def read_recipe(recipe: str, within: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A recipe's content by path or by the name of a file in deploy/recipes, on top of the recipe it `extends`:
+    sections are merged, everything else (lists too) is replaced. within: the recipes that led here."""
     path = Path(recipe)
     if not path.is_file():
         path = RECIPES / f"{recipe}.yaml"
@@ -370,7 +371,24 @@ def read_recipe(recipe: str) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds a {type(data).__name__}; a recipe is a mapping of fields")
-    return data
+    if "extends" not in data:
+        return data
+    base, chain = str(data.pop("extends")), (*within, recipe)
+    if base in chain:
+        raise ConfigError(
+            f"extends: the recipes {' -> '.join((*chain, base))} extend each other; remove one of the links"
+        )
+    return _merged(read_recipe(base, chain), data)
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid on `base`, section by section."""
+    both = {key: _merged(base[key], over[key]) for key in base.keys() & over if _sections(base[key], over[key])}
+    return {**base, **over, **both}
+
+
+def _sections(*values: Any) -> bool:
+    return all(isinstance(value, dict) for value in values)
 
 
 def apply_overrides(data: dict[str, Any], overrides: list[str]) -> dict[str, Any]:

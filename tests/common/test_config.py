@@ -204,3 +204,24 @@ def test_importing_the_config_imports_nothing_heavy() -> None:
     code = f"import sys, common.config; print([m for m in {heavy!r} if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_extends_lays_a_recipe_on_another(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: shapes\nsteps: 3\noptimizer: {lr_reasoning: 0}\nrewards: [{name: shapes, weight: 2}]\n")
+    base, mine = load_config("shapes"), load_config(str(path))
+    assert mine.steps == 3 and mine.optimizer.lr_reasoning == 0
+    assert mine.optimizer.lr_denoising == base.optimizer.lr_denoising
+    assert [scorer.weight for scorer in mine.rewards] == [2]
+    assert mine.sampling == base.sampling
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("extends: {}", "extend each other"), ("extends: shaps", "did you mean shapes")],
+)
+def test_extends_that_leads_nowhere(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(content.format(path))
+    with pytest.raises(ConfigError, match=message):
+        read_recipe(str(path))
