@@ -23,6 +23,7 @@ from common.types import Prompt
 BUILT_IN = {
     "clip_score": "rewards.clip_score:ClipScorer",
     "shapes": "rewards.shapes:ShapesScorer",
+    "shapes_learned": "rewards.shapes_learned:LearnedShapesScorer",
 }
 
 

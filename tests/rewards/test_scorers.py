@@ -38,8 +38,16 @@ def test_shapes_rewards_the_truth_and_not_another_picture(mode: str) -> None:
     np.testing.assert_array_equal(output.values, output.components[mode])
 
 
+def test_the_learned_scorer_judges_like_the_detector_on_rendered_scenes() -> None:
+    rng = np.random.default_rng(0)
+    images = np.stack([render(scene, rng) for scene in (RED_CIRCLE, BLUE_SQUARE)])
+    output = build("shapes_learned", {}).score(images, [_prompt()] * 2)
+    assert output.values.dtype == np.float32
+    assert output.values[0] > 0.9 and output.values[1] < 0.2
+
+
 def test_unknown_name_gets_a_hint() -> None:
-    with pytest.raises(ConfigError, match=r"clip_scor .*did you mean clip_score\?.*clip_score, shapes"):
+    with pytest.raises(ConfigError, match=r"clip_scor .*did you mean clip_score\?.*clip_score, shapes, shapes_learned"):
         scorer_class("clip_scor")
 
 
@@ -86,7 +94,8 @@ def test_check_names_the_prompt_and_the_reward() -> None:
 def test_checking_imports_neither_torch_nor_ray() -> None:
     program = (
         "import sys; from rewards.scorer import check_options;"
-        "check_options('shapes', {}); check_options('clip_score', {'model': 'ViT-B-32', 'pretrained': 'random'});"
+        "check_options('shapes', {}); check_options('shapes_learned', {});"
+        "check_options('clip_score', {'model': 'ViT-B-32', 'pretrained': 'random'});"
         "assert not {'torch', 'ray', 'open_clip'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
