@@ -12,12 +12,17 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from common.hardware import cpu_has_bfloat16
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 RECIPES = REPOSITORY / "deploy" / "recipes"
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
+
+
+DType = Literal["float32", "bfloat16"]
 
 
 class ConfigError(ValueError):
@@ -39,6 +44,11 @@ class Resources(Section):
     """GPUs of one actor."""
     custom: dict[str, Positive] = Field(default_factory=dict)
     """Custom Ray resources of one actor, e.g. {reward_node: 0.01} to keep it on the nodes that offer reward_node."""
+
+
+def native_dtype(section: dict[str, Any]) -> DType:
+    """The compute type of a section of `Resources`, judged by its GPUs or by the CPU of the machine that reads it."""
+    return "bfloat16" if section.get("gpus") or cpu_has_bfloat16() else "float32"
 
 
 class Model(Section):
@@ -155,8 +165,8 @@ class Rollout(Resources):
     """GPUs vLLM spreads one replica's reasoning expert over."""
     groups_per_call: Count = 4
     """Groups one replica generates together; a free replica takes the next ones."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Compute type of vLLM and of the denoiser."""
+    dtype: DType = Field(default_factory=native_dtype)
+    """Compute type of vLLM and of the denoiser. Without it bfloat16 if the hardware multiplies that, else float32."""
     kv_cache_mb: Count = 64
     """vLLM's KV cache on CPUs."""
     gpu_memory_utilization: Positive = 0.4
@@ -176,8 +186,8 @@ class Learner(Resources):
     """Data-parallel DeepSpeed ranks."""
     zero_stage: Literal[1, 2] = 2
     """DeepSpeed ZeRO stage."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Compute type; masters are always fp32."""
+    dtype: DType = Field(default_factory=native_dtype)
+    """Compute type, chosen like rollout.dtype; masters are always fp32."""
     chains_per_micro_batch: Count = 64
     """Chains in one forward and backward of a rank."""
     activation_checkpointing: bool = False

@@ -6,7 +6,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from common.config import ConfigError, Count, NonNegative, Positive, Section, apply_overrides, explain, read_recipe
+from common.config import (
+    ConfigError,
+    Count,
+    DType,
+    NonNegative,
+    Positive,
+    Section,
+    apply_overrides,
+    explain,
+    native_dtype,
+    read_recipe,
+)
 
 
 class Autoencoder(Section):
@@ -97,8 +108,8 @@ class SFTConfig(Section):
     """CPUs of one rank."""
     gpus: NonNegative = 0.0
     """GPUs of one rank."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Compute type; masters are fp32."""
+    dtype: DType = Field(default_factory=native_dtype)
+    """Compute type, chosen like rollout.dtype of a training recipe; masters are fp32."""
     zero_stage: Literal[1, 2] = 2
     """DeepSpeed ZeRO stage."""
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from common import hardware
 from common.config import (
     RECIPES,
     REPOSITORY,
@@ -225,3 +226,26 @@ def test_extends_that_leads_nowhere(tmp_path: Path, content: str, message: str) 
     path.write_text(content.format(path))
     with pytest.raises(ConfigError, match=message):
         read_recipe(str(path))
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "gpus", "dtype"),
+    [
+        ("flags\t\t: fpu avx512f avx512_bf16\n", 0, "bfloat16"),
+        ("Features\t: fp asimd bf16\n", 0, "bfloat16"),
+        ("flags\t\t: fpu avx2\nbugs\t\t: amx_bf16\n", 0, "float32"),
+        ("flags\t\t: fpu avx2\n", 1, "bfloat16"),
+        (None, 0, "float32"),
+    ],
+)
+def test_the_compute_type_is_what_the_hardware_multiplies(
+    cpuinfo: str | None, gpus: int, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "cpuinfo"
+    if cpuinfo is not None:
+        file.write_text(cpuinfo)
+    monkeypatch.setattr(hardware, "CPUINFO", file)
+    monkeypatch.setattr("common.config.cpu_has_bfloat16", hardware.cpu_has_bfloat16.__wrapped__)
+    config = validate({"rollout": {"gpus": gpus}, "learner": {"gpus": gpus}})
+    assert config.rollout.dtype == config.learner.dtype == dtype
+    assert validate({"learner": {"dtype": "float32", "gpus": gpus}}).learner.dtype == "float32"
