@@ -22,6 +22,8 @@ from deploy.grid import CELL
 from learner.checkpoint import verify
 
 SMALL = [
+    "rollout.dtype=float32",
+    "learner.dtype=float32",
     "data.prompts_per_step=4",
     "data.group_size=4",
     "rollout.groups_per_call=2",

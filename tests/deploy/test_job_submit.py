@@ -43,6 +43,9 @@ class OnlyHere(ShapesScorer):
     pass
 """
 
+# How far vLLM's mean log-probs may be from the learner's when both compute in bf16; 1e-3 where measured.
+BFLOAT16_LOGPROBS = 2e-2
+
 
 @dataclass
 class Head:
@@ -148,7 +151,7 @@ def scrape(head: Head) -> str:
 
 
 def test_a_job_trains(head: Head, copy: Path) -> None:
-    job = head.submit(copy, "unigrpo", "train", "elsewhere")
+    job = head.submit(copy, "unigrpo", "train", "elsewhere", "rollout.dtype=bfloat16", "learner.dtype=bfloat16")
     actors: set[str] = set()
     metrics = ""
     while job.poll() is None:
@@ -163,7 +166,10 @@ def test_a_job_trains(head: Head, copy: Path) -> None:
 
     run = RunDirectory(head.runs / "job").open()
     assert f"report: {run.report}" in output and run.report.exists()
-    assert [row["step"] for row in run.read_metrics()] == [0, 1]
+    rows = run.read_metrics()
+    assert [row["step"] for row in rows] == [0, 1]
+    assert rows[0]["text/ratio_mean"] == rows[0]["image/ratio_mean"] == 1.0
+    assert all(0 < row["text/logprob_diff_rollout"] < BFLOAT16_LOGPROBS for row in rows)
     assert list(run.read_evaluations()) == [0, 2] and run.latest_checkpoint() == run.checkpoint(2)
 
     scorer = "job-reward-rewards.only_here:OnlyHere-0"

@@ -18,7 +18,7 @@ POINTS, SHIFT, WINDOW = 7, 3.0, 3
 
 def train_config(**objective: object) -> TrainConfig:
     """Defaults, but for the objective."""
-    return validate({"objective": objective})
+    return validate({"objective": objective, "learner": {"dtype": "float32"}, "rollout": {"dtype": "float32"}})
 
 
 def make_chains(checkpoint: Checkpoint, count: int, seed: int = 0, noise_level: float = 0.7) -> list[Chain]:

@@ -26,7 +26,13 @@ DEADLINE_S = 200
 def config() -> TrainConfig:
     return load_config(
         "shapes",
-        ["run_name=pool", "data.prompts_per_step=6", "data.group_size=2", "rollout.groups_per_call=1"],
+        [
+            "run_name=pool",
+            "rollout.dtype=float32",
+            "data.prompts_per_step=6",
+            "data.group_size=2",
+            "rollout.groups_per_call=1",
+        ],
     )
 
 
