@@ -72,6 +72,12 @@ class SFTConfig(Section):
     """"shapes", or a Parquet file with columns prompt, reasoning, image."""
     examples: Count = 32000
     """Examples drawn from the shapes task, over all ranks."""
+    think_share: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Share of the shapes examples with reasoning; the others go from the prompt to the image, as rollouts with
+    sampling.think = false do. In a Parquet file such rows have no reasoning (null)."""
+    prompt_share: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Share of the shapes examples with a text; the others teach the velocity without one, which guidance needs. In a
+    Parquet file such rows have an empty prompt and no reasoning."""
     system_prompt: str = ""
     """System prompt before every prompt."""
     height: Count = 32

@@ -17,24 +17,29 @@ from common.shapes.scene import render
 from common.shapes.supervised import example
 from learner.sft import Examples
 
-Pair = tuple[str, str, np.ndarray]
-"""Prompt, reasoning, image uint8 [H, W, 3]."""
+Pair = tuple[str, str | None, np.ndarray]
+"""Prompt (empty: none), reasoning (None: the image follows the prompt), image uint8 [H, W, 3]."""
 
 
-def shapes_pairs(count: int, seed: int) -> list[Pair]:
-    """Examples of the careless annotator on the training prompts, every tag equally often."""
-    rng = np.random.default_rng(seed)
+def shapes_pairs(count: int, seed: int, think_share: float = 1.0, prompt_share: float = 1.0) -> list[Pair]:
+    """Examples of the careless annotator on the training prompts, every tag equally often. The shares decide what of
+    the text is left out, never which scene is drawn."""
+    rng, left_out = np.random.default_rng(seed), np.random.default_rng([seed, 1])
     by_tag: dict[str, list[dict]] = {}
     for record in shapes_prompts.load(shapes_prompts.DATA / "train.jsonl"):
         by_tag.setdefault(record["tag"], []).append(record)
     # Riddles have many phrases to learn, so they get the share of two tags.
     tags = [*by_tag, "reasoning"]
-    pairs = []
+    pairs: list[Pair] = []
     for k in range(count):
         pool = by_tag[tags[k % len(tags)]]
         record = pool[rng.integers(len(pool))]
         reasoning, scene = example(record, rng)
-        pairs.append((record["prompt"], reasoning, render(scene, rng)))
+        image = render(scene, rng)
+        if left_out.random() >= prompt_share:
+            pairs.append(("", None, image))
+        else:
+            pairs.append((record["prompt"], reasoning if left_out.random() < think_share else None, image))
     return pairs
 
 
@@ -64,8 +69,11 @@ def encode_pairs(pairs: list[Pair], checkpoint: Checkpoint, system_prompt: str, 
     chat = checkpoint.chat
     texts, scored = [], []
     for prompt, reasoning, _ in pairs:
-        head = chat.prompt_ids(prompt, system_prompt)
-        text = [*head, *chat.encode(reasoning), chat.end]
+        if reasoning is None:
+            text = head = chat.cfg_ids(prompt, system_prompt)[1]
+        else:
+            head = chat.prompt_ids(prompt, system_prompt)
+            text = [*head, *chat.encode(reasoning), chat.end]
         texts.append(text)
         scored.append((len(head), len(text)))
     chunks = [np.stack([image for *_, image in pairs[i : i + batch]]) for i in range(0, len(pairs), batch)]

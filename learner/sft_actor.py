@@ -26,7 +26,7 @@ def create_policy(config: SFTConfig, sizes: Create, out: str) -> str:
     autoencoder = sizes.autoencoder
     pairs = shapes_pairs(autoencoder.images, config.seed + 1)
     prompts = [record["prompt"] for record in shapes_prompts.load(shapes_prompts.DATA / "train.jsonl")]
-    tokenizer = train_tokenizer([*prompts, *(reasoning for _, reasoning, _ in pairs)], sizes.vocab_size)
+    tokenizer = train_tokenizer([*prompts, *(reasoning or "" for _, reasoning, _ in pairs)], sizes.vocab_size)
     geometry = VAEConfig(**autoencoder.model_dump(include={"z_channels", "ch", "ch_mult", "num_res_blocks"}))
     vae, fitted = train_vae(
         geometry,
@@ -51,7 +51,8 @@ class SFTRank:
         self.checkpoint = store.load(resolve_path(start), torch.float32, "cuda" if torch.cuda.is_available() else "cpu")
         if config.data == "shapes":
             # Streams far apart, so that no rank's examples are another's or the autoencoder's.
-            pairs = shapes_pairs(config.examples // config.ranks, 1000 * (config.seed + 1) + rank)
+            stream = 1000 * (config.seed + 1) + rank
+            pairs = shapes_pairs(config.examples // config.ranks, stream, config.think_share, config.prompt_share)
         else:
             pairs = parquet_pairs(resolve_path(config.data), config.height, config.width)[rank :: config.ranks]
         self.examples = encode_pairs(pairs, self.checkpoint, config.system_prompt)
