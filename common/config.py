@@ -160,7 +160,13 @@ class Rollout(Resources):
     cpus: NonNegative = 0.4
     """CPUs of one replica."""
     replicas: Count = 2
-    """Rollout actors."""
+    """Rollout actors at the start; `unigrpo scale` changes the number of a live run."""
+    min_replicas: Count | None = None
+    """Replicas that must be up before the run begins, and that idle ones never fall below; none: `replicas`."""
+    max_replicas: Count | None = None
+    """While work is queued, more replicas up to this are asked for, which Ray's autoscaler sees; none: `replicas`."""
+    idle_s: Positive = 300.0
+    """A replica beyond min_replicas leaves after this many seconds without work."""
     tensor_parallel: Count = 1
     """GPUs vLLM spreads one replica's reasoning expert over."""
     groups_per_call: Count = 4
@@ -313,6 +319,12 @@ class TrainConfig(Section):
     def chains_per_step(self) -> int:
         return self.data.prompts_per_step * self.data.group_size
 
+    @property
+    def replica_bounds(self) -> tuple[int, int]:
+        """Fewest and most rollout replicas."""
+        rollout = self.rollout
+        return rollout.min_replicas or rollout.replicas, rollout.max_replicas or rollout.replicas
+
     @model_validator(mode="after")
     def _arithmetic(self) -> TrainConfig:
         s, (low, high) = self.sampling, self.sampling.window_range
@@ -336,6 +348,12 @@ class TrainConfig(Section):
             raise ValueError(
                 f"data.prompts_per_step is {prompts}, which {ranks} learner ranks x {self.objective.minibatches} "
                 f"minibatches do not divide; use a multiple of {ranks * self.objective.minibatches}"
+            )
+        fewest, most = self.replica_bounds
+        if not fewest <= self.rollout.replicas <= most:
+            raise ValueError(
+                f"rollout.replicas is {self.rollout.replicas}, outside min_replicas {fewest} and max_replicas {most}; "
+                "give min_replicas <= replicas <= max_replicas"
             )
         names = [scorer.name for scorer in self.rewards]
         if len(set(names)) != len(names):

@@ -9,6 +9,7 @@
         checkpoints/step-000020/               whole once it holds manifest.json
         eval/step-000000.json                  result, beside it .parquet with the sample images
         tensorboard/
+        control.json, status.json              what was asked of the live run, and its answer (deploy/control.py)
         report.html
 """
 
@@ -89,6 +90,14 @@ class RunDirectory:
     @property
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
+
+    @property
+    def control(self) -> Path:
+        return self.path / "control.json"
+
+    @property
+    def status(self) -> Path:
+        return self.path / "status.json"
 
     @property
     def report(self) -> Path:

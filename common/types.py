@@ -129,8 +129,9 @@ class WeightManifest:
 
 @dataclass(frozen=True)
 class RolloutStats:
-    """What one call to a replica produced: chains, reasoning tokens, and the seconds each half took."""
+    """What one call to a replica produced: the weight version, chains, reasoning tokens, the seconds of each half."""
 
+    version: int
     chains: int
     tokens: int
     reasoning_s: float

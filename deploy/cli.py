@@ -1,4 +1,4 @@
-"""The command line: unigrpo train, sft, eval, generate, report, schema."""
+"""The command line: unigrpo train, sft, eval, generate, report, scale, schema."""
 
 from __future__ import annotations
 
@@ -121,6 +121,18 @@ def report(run: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
     from deploy.report import write_report
 
     typer.echo(str(write_report(RunDirectory(run_path(run)).open())))
+
+
+@app.command()
+def scale(
+    run: Annotated[Path, typer.Argument(help="Run directory of a live run.")],
+    rollout_replicas: Annotated[int, typer.Option(min=1, help="Rollout replicas to go on with.")],
+) -> None:
+    """Change the number of rollout replicas of a live run."""
+    from deploy.control import scale as ask
+
+    for name, state in ask(run_path(run), rollout_replicas).items():
+        typer.echo(f"{name}: {state}")
 
 
 @app.command()

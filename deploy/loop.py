@@ -50,7 +50,7 @@ def train(session: Session) -> RunDirectory:
 
         if config.recording.rollouts_every and step % config.recording.rollouts_every == 0:
             learner.record(run.rollout_file(step, 0), batch.refs, scored.total, dict(scored.by_scorer))
-        metrics = {**updated, **_describe(scored, batch, config.rollout.replicas, updated, clock)}
+        metrics = {**updated, **_describe(scored, batch, rollout.metrics(), updated, clock)}
         session.trackers.log(step, metrics)
         session.progress.update(step, metrics)
 
@@ -86,9 +86,11 @@ class Clock:
         return time.monotonic() - self.started
 
 
-def _describe(scored: Scored, batch: Batch, replicas: int, updated: dict[str, float], clock: Clock) -> dict[str, float]:
+def _describe(
+    scored: Scored, batch: Batch, pool: dict[str, float], updated: dict[str, float], clock: Clock
+) -> dict[str, float]:
     """The step's numbers that the driver knows. Overhead is what remains of the step beside model mathematics."""
-    total, step_s = scored.total, clock.total
+    total, step_s, replicas = scored.total, clock.total, max(1.0, pool["rollout/replicas"])
     chains, tokens = sum(s.chains for s in batch.stats), sum(s.tokens for s in batch.stats)
     generating = sum(s.reasoning_s + s.drawing_s for s in batch.stats) / replicas
     spread = {f"reward/{name}": float(np.nanmean(values)) for name, values in scored.by_scorer.items()}
@@ -99,6 +101,7 @@ def _describe(scored: Scored, batch: Batch, replicas: int, updated: dict[str, fl
         "reward/nonfinite": float(scored.nonfinite),
         **spread,
         **extra,
+        **pool,
         "text/tokens_mean": tokens / max(chains, 1),
         "rollout/images_per_s": chains / batch.seconds,
         "rollout/tokens_per_s": tokens / max(sum(s.reasoning_s for s in batch.stats) / replicas, 1e-9),

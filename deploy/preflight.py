@@ -41,10 +41,11 @@ class Demand:
 
 
 def demands(config: TrainConfig, learner_too: bool = True) -> list[Demand]:
-    """The actors of a run, or of an evaluation, which has no learner."""
+    """The actors that a run, or an evaluation, which has no learner, cannot begin without."""
     rollout, learner = config.rollout, config.learner
+    fewest, _ = config.replica_bounds
     return [
-        Demand("rollout", rollout.replicas, rollout.cpus, rollout.gpus * rollout.tensor_parallel, rollout.custom),
+        Demand("rollout", fewest, rollout.cpus, rollout.gpus * rollout.tensor_parallel, rollout.custom),
         *([Demand("learner", learner.ranks, learner.cpus, learner.gpus, learner.custom)] if learner_too else []),
         *(Demand(f"reward:{s.name}", s.replicas, s.cpus, s.gpus, s.custom) for s in config.rewards),
     ]

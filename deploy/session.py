@@ -20,6 +20,7 @@ from common.metrics import Trackers
 from common.prompts import PromptOrder
 from common.rundir import RunDirectory
 from common.types import Prompt
+from deploy.control import Control
 from deploy.preflight import check_inputs, check_resources, local_cpus
 from deploy.progress import Progress
 from learner import checkpoint as run_checkpoint
@@ -45,7 +46,7 @@ class EvaluationSession:
     @property
     def version(self) -> int:
         """The weight version that the replicas hold; 0 for the checkpoint they were built from."""
-        return self.rollout.weights[0].version if self.rollout.weights else 0
+        return self.rollout.weights.manifest.version if self.rollout.weights else 0
 
 
 @dataclass(frozen=True)
@@ -130,20 +131,23 @@ def open_session(config: TrainConfig, resume: bool = False) -> Iterator[Session]
         stack.callback(ray.shutdown)
         if not resume:
             run.create(to_yaml(config))
+        control = Control(run)
         progress.phase(
-            f"starting {config.rollout.replicas} rollout replicas, {config.learner.ranks} learner ranks, "
-            f"{sum(s.replicas for s in config.rewards)} reward actors"
+            f"starting {control.replicas or config.rollout.replicas} rollout replicas, "
+            f"{config.learner.ranks} learner ranks, {sum(s.replicas for s in config.rewards)} reward actors"
         )
         # Constructors run side by side; only then is each waited for.
         learner = LearnerGroup(config, checkpoint)
         stack.callback(learner.close)
-        rollout = RolloutPool(config)
+        rollout = RolloutPool(config, control.replicas)
         stack.callback(rollout.close)
         rewards = RewardPool(config.rewards, config.run_name, config.on_nonfinite)
         stack.callback(rewards.close)
         learner.wait_ready()
         learner.check_sees(run.config)
         rollout.wait_ready()
+        control.follow(rollout)
+        stack.callback(control.close)
         trackers = Trackers(config, run, first if resume else None)
         stack.callback(trackers.close)
         order = PromptOrder(inputs.train, config.data.prompts_per_step, config.seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -66,6 +67,10 @@ class RolloutReplica:
         """The version this replica holds; -1 before the first load."""
         return self.version
 
+    def pid(self) -> int:
+        """The actor's process."""
+        return os.getpid()
+
     def load_weights(self, manifest: WeightManifest, buffer: NDArray[np.uint8]) -> str:
         """Replaces both copies of the weights and proves it: the checksum of what the denoiser now holds.
 
@@ -125,7 +130,7 @@ class RolloutReplica:
             groups.append(Group(request.prompt, request.step, tuple(chains[start:end])))
             start = end
         tokens = sum(len(completion.ids) for completion in completions)
-        return RolloutStats(len(chains), tokens, reasoned - started, time.monotonic() - reasoned), *groups
+        return RolloutStats(version, len(chains), tokens, reasoned - started, time.monotonic() - reasoned), *groups
 
     def _guidance(self, requests: list[RolloutRequest]) -> Guidance | None:
         cfg = requests[0].cfg

@@ -1,267 +1,345 @@
-"""The replicas as one generator: work goes to whoever is free, a lost replica's work goes to another."""
+"""The replicas as one generator: work goes to whoever is free, a lost replica's work goes to another.
+
+A thread of the driver supervises: it alone calls replicas. What a free replica does next depends on its state alone:
+it leaves, loads the version last published, takes work, or waits. So none generates with weights that it was not given
+and acknowledged, whether it was there from the start, was restarted, or joined a minute ago.
+"""
 
 from __future__ import annotations
 
 import logging
+import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import partial
-from queue import Empty, SimpleQueue
-from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from common.config import TrainConfig
-from common.runtime import thread_env
-from common.types import RolloutRequest, RolloutStats, WeightManifest
-from rollout.actor import RolloutReplica
+from common.types import RolloutRequest, WeightManifest
+from rollout.batch import Batch, RolloutError, Work
+from rollout.replica import Call, Published, Replica
 
 log = logging.getLogger(__name__)
-MAX_ATTEMPTS = 3
-POLL_S = 0.2
-
-
-class RolloutError(RuntimeError):
-    """Rollout work that could not be done."""
-
-
-@dataclass
-class Work:
-    """Requests that one replica generates together, and what came of them."""
-
-    requests: list[RolloutRequest]
-    batch: Batch
-    place: int
-    attempts: int = 0
-    started: float = 0.0
-
-
-@dataclass
-class Batch:
-    """One training step's (or one evaluation's) groups: filled as replicas finish."""
-
-    groups: list[ray.ObjectRef | None]
-    sizes: list[int]
-    arrived: deque[int] = field(default_factory=deque)
-    stats: list[RolloutStats] = field(default_factory=list)
-    error: Exception | None = None
-    started: float = field(default_factory=time.monotonic)
-    finished: float = 0.0
-    changed: threading.Condition = field(default_factory=threading.Condition)
-
-    def finish(self, place: int, refs: list[ray.ObjectRef], stats: RolloutStats) -> None:
-        with self.changed:
-            self.groups[place : place + len(refs)] = refs
-            self.arrived.extend(range(place, place + len(refs)))
-            self.stats.append(stats)
-            self.finished = time.monotonic()
-            self.changed.notify_all()
-
-    def fail(self, error: Exception) -> None:
-        with self.changed:
-            self.error = error
-            self.changed.notify_all()
-
-    def arrivals(self, deadline_s: float) -> Iterator[tuple[int, ray.ObjectRef]]:
-        """Yields (position, group reference) once each as groups become ready; RolloutError if the work failed or
-        stalls."""
-        for _ in self.groups:
-            with self.changed:
-                while not self.arrived:
-                    if self.error:
-                        raise RolloutError(str(self.error)) from self.error
-                    if not self.changed.wait(deadline_s):
-                        raise RolloutError(f"no replica finished a group for {deadline_s:.0f} s (rollout.deadline_s)")
-                place = self.arrived.popleft()
-            ref = self.groups[place]
-            assert ref is not None
-            yield place, ref
-
-    @property
-    def refs(self) -> list[ray.ObjectRef]:
-        """The groups in the order of the requests, once all have arrived."""
-        return [ref for ref in self.groups if ref is not None]
-
-    @property
-    def seconds(self) -> float:
-        return self.finished - self.started
-
-
-class Replica:
-    """The driver's view of one replica."""
-
-    def __init__(self, config: TrainConfig, index: int) -> None:
-        self.name = f"rollout-{index}"
-        resources = config.rollout
-        self.handle: Any = (
-            ray.remote(RolloutReplica)
-            .options(
-                name=f"{config.run_name}-{self.name}",
-                num_cpus=resources.cpus,
-                num_gpus=resources.gpus * resources.tensor_parallel,
-                resources=resources.custom,
-                max_restarts=-1,
-                runtime_env={"env_vars": thread_env(resources.cpus)},
-            )
-            .remote(config)
-        )
-        self.work: Work | None = None
-        self.returning = False
+MAX_ERRORS = 3  # of one piece of work
+MAX_DEATHS = 10  # of replicas over one piece of work
+MIN_FAULTS = 3  # in a row, of replicas that cannot be built or hold other weights than they were sent, end the run
+TICK_S = 0.2
 
 
 class RolloutPool:
-    """Starts the replicas, hands out work, keeps every replica at the current weights.
+    """Starts the replicas, hands out work, keeps every replica at the current weights, grows and shrinks."""
 
-    Ray tells of finished calls through futures, whose callbacks put what is to be done into one queue, which one thread
-    empties. So an event costs the driver the same however many replicas there are.
-    """
-
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, replicas: int | None = None) -> None:
+        """replicas: how many to start with, rollout.replicas if None."""
         self.config = config
-        self.replicas = [Replica(config, i) for i in range(config.rollout.replicas)]
-        self.idle: deque[Replica] = deque(self.replicas)
-        self.queue: deque[Work] = deque()
-        self.lock = threading.Lock()
-        self.weights: tuple[WeightManifest, ray.ObjectRef] | None = None
-        self.stopping = threading.Event()
-        self.events: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        # Both in the order of their times, as each has one delay for all.
-        self.deadlines: deque[tuple[float, Replica, Work]] = deque()
-        self.later: deque[tuple[float, Callable[[], None]]] = deque()
-        self.thread = threading.Thread(target=self._run, name="rollout-pool", daemon=True)
+        self.fewest, self.most = config.replica_bounds
+        self.replicas: list[Replica] = []
+        self.weights: Published | None = None
+        self.restarts = self.rerun_groups = 0
+        self._faults = 0
+        self._started = 0
+        self._queue: deque[Work] = deque()
+        self._events: queue.SimpleQueue[tuple[Replica, Call] | None] = queue.SimpleQueue()
+        self._changed = threading.Condition(threading.RLock())  # guards everything here
+        self._broken: RolloutError | None = None
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="rollout-pool", daemon=True)
+        if replicas is not None:
+            self.scale(replicas)
+        for _ in range(replicas or config.rollout.replicas):
+            self._add()
+        self._thread.start()
 
     def wait_ready(self) -> None:
-        """Blocks until every replica is built. RolloutError after the deadline, naming what it waited for."""
-        deadline = time.monotonic() + self.config.rollout.deadline_s
-        for replica in self.replicas:
-            try:
-                ray.get(replica.handle.ping.remote(), timeout=max(1.0, deadline - time.monotonic()))
-            except ray.exceptions.GetTimeoutError as error:
-                raise RolloutError(
-                    f"{replica.name} was not ready after {self.config.rollout.deadline_s:.0f} s (rollout.deadline_s)"
-                ) from error
-        self.thread.start()
+        """Blocks until the fewest replicas are built. RolloutError after the deadline, naming what it waited for."""
+        wait_s, enough = self.config.rollout.deadline_s, min(self.fewest, self.config.replica_bounds[0])
+        with self._changed:
+            if self._changed.wait_for(lambda: self._broken or self.serving >= enough, wait_s):
+                if self._broken:
+                    raise self._broken
+                return
+            late = [replica for replica in self.replicas if not replica.serving]
+        waiting = "; ".join(
+            f"{r.name} is being built" if r.has_room() else f"{r.name} waits for room for {r.asked}" for r in late
+        )
+        raise RolloutError(
+            f"{self.serving} of {enough} rollout replicas were ready after {wait_s:.0f} s "
+            f"(rollout.deadline_s): {waiting}; the cluster has free {_free()}"
+        )
+
+    @property
+    def serving(self) -> int:
+        """Replicas that are up and stay."""
+        return sum(replica.serving and not replica.leaving for replica in self.replicas)
+
+    def metrics(self) -> dict[str, float]:
+        """How many replicas serve and are wanted; restarts and groups that were generated again, since the start."""
+        with self._changed:
+            return {
+                "rollout/replicas": float(self.serving),
+                "rollout/replicas_wanted": float(sum(not replica.leaving for replica in self.replicas)),
+                "rollout/restarts": float(self.restarts),
+                "rollout/rerun_groups": float(self.rerun_groups),
+            }
+
+    def states(self) -> dict[str, str]:
+        """What every replica does, by name."""
+        with self._changed:
+            return {replica.name: _state(replica) for replica in self.replicas}
+
+    def scale(self, replicas: int) -> None:
+        """Holds the pool at a number of replicas: new ones join when built, surplus ones leave after their work."""
+        with self._changed:
+            self.fewest = self.most = replicas
+        self._events.put(None)
 
     def sync(self, manifest: WeightManifest, buffer: ray.ObjectRef) -> float:
-        """Sends a version to every replica and waits until each has acknowledged its checksum; seconds taken.
+        """Publishes a version to every replica and waits until all that serve have acknowledged its checksum; seconds.
 
-        A replica that is generating loads the version after the call it is in.
+        A replica that is generating loads the version after the call it is in; one that is lost meanwhile, before it
+        works again.
         """
         started = time.monotonic()
-        with self.lock:
-            self.weights = (manifest, buffer)
-            present = [replica for replica in self.replicas if not replica.returning]
-            acks = [(replica, replica.handle.load_weights.remote(manifest, buffer)) for replica in present]
-        for replica, ack in acks:
-            try:
-                held = ray.get(ack, timeout=self.config.rollout.deadline_s)
-            except RayActorError:
-                self.events.put(partial(self._lost, replica))
-                continue
-            except ray.exceptions.GetTimeoutError as error:
+        weights = Published(manifest, buffer)
+        with self._changed:
+            self.weights = weights
+            owing = list(self.replicas)
+            self._events.put(None)
+
+            def acknowledged() -> bool:
+                while owing and (owing[-1].holds is weights or not owing[-1].serving or owing[-1].leaving):
+                    owing.pop()
+                return not owing
+
+            # One call may have to end before the load begins; each has its own deadline.
+            wait_s = 2 * self.config.rollout.deadline_s + 60
+            if not self._changed.wait_for(lambda: self._broken or acknowledged(), wait_s):
+                names = ", ".join(replica.name for replica in owing)
                 raise RolloutError(
-                    f"{replica.name} did not acknowledge weights version {manifest.version} within "
-                    f"{self.config.rollout.deadline_s:.0f} s (rollout.deadline_s)"
-                ) from error
-            if held != manifest.checksum:
-                raise RolloutError(f"{replica.name} holds {held} instead of {manifest.checksum}")
+                    f"{names} did not acknowledge weights version {manifest.version} within {wait_s:.0f} s "
+                    "(twice rollout.deadline_s)"
+                )
+            if self._broken:
+                raise self._broken
         return time.monotonic() - started
 
     def submit(self, requests: list[RolloutRequest]) -> Batch:
         """Queues groups; returns at once."""
-        size = self.config.rollout.groups_per_call
-        pieces = [(i, requests[i : i + size]) for i in range(0, len(requests), size)]
-        batch = Batch([None] * len(requests), [len(r.seeds) for r in requests])
-        works = [Work(piece, batch, place) for place, piece in pieces]
-        self.events.put(lambda: self.queue.extend(works))
+        batch = Batch(requests)
+        self._enqueue(batch, list(range(len(requests))))
         return batch
+
+    def redo(self, batch: Batch) -> None:
+        """Queues again what of a batch has been lost with the node that held it."""
+        lost = batch.forget_lost()
+        log.warning("%d groups were lost with their node; they are generated again", len(lost))
+        with self._changed:
+            self.rerun_groups += len(lost)
+        self._enqueue(batch, lost)
+
+    def cancel(self) -> None:
+        """Forgets all work: what is queued is not begun, what is being made is not used."""
+        with self._changed:
+            for batch in {work.batch for work in [*self._queue, *self._under_way()]}:
+                batch.cancelled = True
+            self._queue.clear()
 
     def close(self) -> None:
         """Ends every replica."""
-        self.stopping.set()
-        self.events.put(lambda: None)
-        if self.thread.is_alive():
-            self.thread.join(timeout=5)
+        with self._changed:
+            self._stopping = True
+        self._events.put(None)
+        self._thread.join(timeout=30)
         for replica in self.replicas:
-            ray.kill(replica.handle)
+            replica.end()
+
+    def _enqueue(self, batch: Batch, places: list[int]) -> None:
+        size = self.config.rollout.groups_per_call
+        with self._changed:
+            if self._broken:
+                raise self._broken
+            for i in range(0, len(places), size):
+                piece = places[i : i + size]
+                self._queue.append(Work([batch.requests[place] for place in piece], batch, piece))
+        self._events.put(None)
+
+    def _under_way(self) -> list[Work]:
+        return [r.call.work for r in self.replicas if r.call and r.call.work]
+
+    def _add(self) -> None:
+        replica = Replica(self.config, self._started, lambda replica, call: self._events.put((replica, call)))
+        self._started += 1
+        replica.build()
+        self.replicas.append(replica)
 
     def _run(self) -> None:
-        while not self.stopping.is_set():
-            with suppress(Empty):
-                self.events.get(timeout=POLL_S)()
-            now = time.monotonic()
-            while self.later and self.later[0][0] <= now:
-                self.later.popleft()[1]()
-            self._check_deadlines(now)
-            while self.queue and self.idle:
-                self._assign(self.idle.popleft(), self.queue.popleft())
-
-    def _then(self, ref: ray.ObjectRef, act: Callable[[ray.ObjectRef], None]) -> None:
-        """Has the pool's thread act on a call's outcome once there is one."""
-        ref.future().add_done_callback(lambda _: self.events.put(lambda: act(ref)))
-
-    def _assign(self, replica: Replica, work: Work) -> None:
-        call = replica.handle.generate.options(num_returns=1 + len(work.requests))
-        stats, *groups = call.remote(work.requests)
-        replica.work, work.started, work.attempts = work, time.monotonic(), work.attempts + 1
-        self.deadlines.append((work.started + self.config.rollout.deadline_s, replica, work))
-        self._then(stats, lambda outcome: self._collect(replica, work, outcome, groups))
-
-    def _collect(self, replica: Replica, work: Work, outcome: ray.ObjectRef, groups: list[ray.ObjectRef]) -> None:
-        replica.work = None
         try:
-            stats = ray.get(outcome)
-        except RayActorError:
-            self._retry(work, f"{replica.name} died")
-            self._lost(replica)
-        except RayTaskError as error:
-            self._retry(work, f"{replica.name}: {error.cause}")
-            self.idle.append(replica)
+            tick = 0.0
+            while not self._stopping:
+                try:
+                    event = self._events.get(timeout=TICK_S)
+                except queue.Empty:
+                    event = None
+                with self._changed:
+                    if self._stopping:
+                        return
+                    if event and event[0].call is event[1]:  # else the call was given up at its deadline
+                        self._ended(*event)
+                        self._next(event[0])
+                    if event is None or time.monotonic() > tick:
+                        tick = time.monotonic() + TICK_S
+                        self._look_round()
+                    self._changed.notify_all()
+        except Exception as error:  # this thread's end would go unheard; whoever waits must hear it
+            log.exception("the rollout pool failed")
+            self._break(RolloutError(f"the rollout pool failed: {type(error).__name__}: {error}"))
+
+    def _look_round(self) -> None:
+        """Everything that no event announces: numbers, deadlines, replicas without a call."""
+        now = time.monotonic()
+        for replica in list(self.replicas):
+            if replica.call is None:
+                if not replica.serving and now > replica.again_at:
+                    replica.build()
+                self._next(replica)
+            elif now > replica.call.deadline:
+                self._overdue(replica, replica.call)
+        self._resize()
+
+    def _next(self, replica: Replica) -> None:
+        """What a replica without a call does."""
+        if replica.call is not None:
+            return
+        if replica.leaving:
+            self.replicas.remove(replica)
+            replica.end()
+        elif replica.serving and self.weights and replica.holds is not self.weights:
+            replica.load(self.weights)
+        elif replica.serving and self._queue:
+            replica.generate(self._queue.popleft())
+
+    def _ended(self, replica: Replica, call: Call) -> None:
+        replica.call = None
+        error = call.future.exception()
+        if error is None:
+            replica.serving, replica.idle_since = True, time.monotonic()
+        if call.work:
+            self._generated(replica, call, call.work, error)
+        elif isinstance(error, ObjectLostError):
+            # The published bytes died with the learner's node; a rebuilt learner publishes again.
+            replica.serving, replica.again_at = False, time.monotonic() + TICK_S
+        elif isinstance(error, RayTaskError):
+            self._wrong(replica, str(error.cause))
+        elif error is not None:
+            self._lost(replica, error)
+        elif call.weights:
+            held, wanted = call.future.result(), call.weights.manifest.checksum
+            if held == wanted:
+                replica.holds = call.weights
+            else:
+                self._wrong(replica, f"it holds {held} instead of {wanted}")
+
+    def _generated(self, replica: Replica, call: Call, work: Work, error: BaseException | None) -> None:
+        if error is None:
+            self._faults = 0
+            work.batch.finish(work.places, call.refs, call.future.result())
+            return
+        if isinstance(error, RayTaskError):
+            work.errors += 1
         else:
-            work.batch.finish(work.place, groups, stats)
-            self.idle.append(replica)
+            work.deaths += 1
+            self._lost(replica, error)
+        self._retry(work, f"{replica.name}: {getattr(error, 'cause', None) or type(error).__name__}")
 
     def _retry(self, work: Work, reason: str) -> None:
-        if work.attempts >= MAX_ATTEMPTS:
-            work.batch.fail(RolloutError(f"rollout failed {work.attempts} times, last: {reason}"))
+        if work.batch.cancelled:
+            return
+        if work.errors >= MAX_ERRORS or work.deaths >= MAX_DEATHS:
+            work.batch.fail(RolloutError(f"rollout failed {work.errors + work.deaths} times, last: {reason}"))
             return
         log.warning("rollout work goes to another replica: %s", reason)
-        self.queue.appendleft(work)
+        self.rerun_groups += len(work.requests)
+        self._queue.appendleft(work)
 
-    def _lost(self, replica: Replica) -> None:
-        """Ray rebuilds the actor; it rejoins once it has acknowledged the current weights."""
-        with self.lock:
-            if not replica.returning:
-                replica.returning = True
-                if replica in self.idle:
-                    self.idle.remove(replica)
-                arguments = self.weights
-                ref = replica.handle.load_weights.remote(*arguments) if arguments else replica.handle.ping.remote()
-                self._then(ref, lambda outcome: self._rejoin(replica, outcome))
+    def _lost(self, replica: Replica, error: BaseException) -> None:
+        """Ray rebuilds the actor. One whose `__init__` failed Ray gives up; another replica takes its place."""
+        if replica.serving:
+            log.warning("%s is lost (%s); Ray restarts it", replica.name, type(error).__name__)
+            self.restarts += 1
+        replica.serving, replica.holds, replica.again_at = False, None, time.monotonic() + TICK_S
+        if isinstance(error, RayActorError) and error.actor_init_failed:
+            self._fault(f"{replica.name} cannot be built: {str(error).strip().splitlines()[-1]}")
+            self.replicas.remove(replica)
+            replica.end()
 
-    def _rejoin(self, replica: Replica, outcome: ray.ObjectRef) -> None:
-        replica.returning = False
-        try:
-            held = ray.get(outcome)
-        except (RayActorError, RayTaskError) as error:
-            log.debug("%s cannot rejoin yet: %s", replica.name, error)
-            # While Ray rebuilds the actor, calls to it fail at once.
-            self.later.append((time.monotonic() + POLL_S, lambda: self._lost(replica)))
+    def _wrong(self, replica: Replica, reason: str) -> None:
+        """A replica that does not hold what it was sent is started afresh."""
+        log.warning("%s: %s; restarting it", replica.name, reason)
+        self._fault(f"{replica.name}: {reason}")
+        self._restart(replica)
+
+    def _fault(self, reason: str) -> None:
+        self._faults += 1
+        if self._faults >= max(MIN_FAULTS, len(self.replicas)):
+            self._break(RolloutError(f"{self._faults} faults of rollout replicas in a row; the last one: {reason}"))
+
+    def _overdue(self, replica: Replica, call: Call) -> None:
+        waited = time.monotonic() - call.started
+        if call.kind == "build" and not replica.has_room():
+            log.warning("%s waits for room for %s since %.0f s", replica.name, replica.asked, waited)
+            call.deadline = time.monotonic() + self.config.rollout.deadline_s
             return
-        if self.weights and held != self.weights[0].checksum:
-            # A newer version was published while it was loading.
-            self._lost(replica)
-        elif replica.work is None:
-            self.idle.append(replica)
+        log.warning("%s did not finish %s within %.0f s; restarting it", replica.name, call.kind, waited)
+        replica.call = None
+        self._restart(replica)
+        if call.work:
+            call.work.deaths += 1
+            self._retry(call.work, f"{replica.name} made no progress for {waited:.0f} s")
 
-    def _check_deadlines(self, now: float) -> None:
-        while self.deadlines and self.deadlines[0][0] <= now:
-            due, replica, work = self.deadlines.popleft()
-            if replica.work is work and work.started + self.config.rollout.deadline_s == due:
-                log.warning("%s made no progress for %.0f s; restarting it", replica.name, now - work.started)
-                ray.kill(replica.handle, no_restart=False)
+    def _restart(self, replica: Replica) -> None:
+        self.restarts += 1
+        replica.serving, replica.holds, replica.again_at = False, None, time.monotonic() + TICK_S
+        replica.restart()
+
+    def _resize(self) -> None:
+        """Asks for replicas while work is queued that nobody is there to take; lets long idle ones go."""
+        staying = [replica for replica in self.replicas if not replica.leaving]
+        coming = sum(not replica.serving for replica in staying)
+        wanted = len(staying) + max(0, len(self._queue) - coming)
+        idle = [replica.idle_since for replica in staying if replica.serving and replica.call is None]
+        if idle and time.monotonic() - min(idle) > self.config.rollout.idle_s:
+            wanted -= 1
+        wanted = max(self.fewest, min(wanted, self.most))
+        for _ in range(wanted - len(staying)):
+            self._add()
+        # Those that have nothing to finish go first.
+        staying.sort(key=lambda replica: (replica.serving, replica.call is not None))
+        for replica in staying[: max(0, len(staying) - wanted)]:
+            replica.leaving = True
+            if not replica.serving:
+                replica.call = None
+                self._next(replica)
+
+    def _break(self, error: RolloutError) -> None:
+        with self._changed:
+            self._broken = error
+            for batch in {work.batch for work in [*self._queue, *self._under_way()]}:
+                batch.fail(error)
+            self._changed.notify_all()
+
+
+def _state(replica: Replica) -> str:
+    if replica.leaving:
+        return "leaving"
+    if not replica.serving:
+        return "starting"
+    return {"load": "loading weights", "generate": "generating"}.get(replica.call.kind if replica.call else "", "idle")
+
+
+def _free() -> dict[str, float]:
+    return {name: amount for name, amount in ray.available_resources().items() if not name.startswith("node:")}
+
+
+__all__ = ["Batch", "RolloutError", "RolloutPool"]

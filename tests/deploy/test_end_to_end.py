@@ -14,10 +14,11 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from common.config import load_config
+from common.config import ConfigError, load_config
 from common.metrics import METRICS
 from common.records import read_groups
 from common.rundir import RunDirectory
+from deploy.control import scale
 from deploy.grid import CELL
 from learner.checkpoint import verify
 
@@ -54,11 +55,19 @@ def run(arguments: list[str]) -> str:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    """Three uninterrupted steps."""
-    runs = tmp_path_factory.mktemp("runs")
-    output = run(command(runs, "whole", "steps=3"))
+    """Three uninterrupted steps, on one replica in the end."""
+    whole = RunDirectory(tmp_path_factory.mktemp("runs") / "whole")
+    process = subprocess.Popen(
+        command(whole.path.parent, "whole", "steps=3"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    while not whole.status.exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    assert sorted(scale(whole.path, 1)) == ["rollout-0", "rollout-1"]
+    output = process.communicate(timeout=280)[0]
+    assert process.returncode == 0, output[-6000:]
     assert "report:" in output
-    return RunDirectory(runs / "whole")
+    return whole
 
 
 def test_every_documented_metric_is_there(whole: RunDirectory) -> None:
@@ -67,6 +76,12 @@ def test_every_documented_metric_is_there(whole: RunDirectory) -> None:
     documented = {key for key in METRICS if "<" not in key}
     assert not documented - rows[0].keys()
     assert all(row[key] is not None for row in rows for key in documented)
+
+
+def test_a_live_run_is_scaled(whole: RunDirectory) -> None:
+    assert whole.read_metrics()[-1]["rollout/replicas_wanted"] == 1
+    with pytest.raises(ConfigError, match=r"no driver of .* answered"):
+        scale(whole.path, 2, answer_s=0.5)
 
 
 def test_the_first_update_is_exactly_on_policy(whole: RunDirectory) -> None:

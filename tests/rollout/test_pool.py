@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import ray
 import torch
-from ray.exceptions import RayActorError
 
 from common.bagel import checkpoint as store
 from common.config import TrainConfig, load_config, resolve_path
@@ -17,7 +20,8 @@ from common.prompts import PromptOrder, read_prompts
 from common.types import Group
 from common.weights import pack
 from deploy.requests import training_requests
-from rollout.pool import RolloutPool
+from rollout.actor import RolloutReplica
+from rollout.pool import Batch, RolloutError, RolloutPool
 
 DEADLINE_S = 200
 
@@ -48,10 +52,21 @@ def pool(local_ray: None, config: TrainConfig) -> Iterator[RolloutPool]:
     pool.close()
 
 
+def submit(pool: RolloutPool, config: TrainConfig) -> Batch:
+    order = PromptOrder(read_prompts(resolve_path(config.data.train)), 6, 0)
+    return pool.submit(training_requests(config, order, 3))
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def collect(pool: RolloutPool, config: TrainConfig, kill: bool = False) -> list[Group]:
     """One training step's groups in order; kill ends a replica once the first group is there."""
-    order = PromptOrder(read_prompts(resolve_path(config.data.train)), 6, 0)
-    batch = pool.submit(training_requests(config, order, 3))
+    batch = submit(pool, config)
     found: dict[int, Group] = {}
     for place, ref in batch.arrivals(DEADLINE_S):
         found[place] = ray.get(ref)
@@ -78,16 +93,87 @@ def test_chains_depend_on_their_seeds_alone_even_when_a_replica_is_killed(
     assert all(same(a, b) for a, b in zip(calm, stormy, strict=True))
 
 
-def test_a_restarted_replica_is_given_the_weights_before_it_works(pool: RolloutPool, config: TrainConfig) -> None:
-    ray.kill(pool.replicas[1].handle, no_restart=False)
-    groups = collect(pool, config)
-    assert all(chain.text.version == 7 for group in groups for chain in group.chains)
-    deadline = time.monotonic() + DEADLINE_S
-    versions: list[int] = []
-    while versions != [7, 7] and time.monotonic() < deadline:
-        time.sleep(0.5)
-        try:
-            versions = [ray.get(replica.handle.ping.remote(), timeout=30) for replica in pool.replicas]
-        except RayActorError:
-            collect(pool, config)  # the pool notices a loss when it hands out work
-    assert versions == [7, 7]
+def test_a_hung_and_a_killed_replica_are_restarted_and_given_the_weights(
+    pool: RolloutPool, config: TrainConfig
+) -> None:
+    until(lambda: pool.serving == 2)
+    calm, restarts = collect(pool, config), pool.restarts
+    hung, killed = pool.replicas
+    pids = [ray.get(replica.handle.pid.remote()) for replica in pool.replicas]
+    os.kill(pids[0], signal.SIGSTOP)
+    os.kill(pids[1], signal.SIGKILL)
+    batch = submit(pool, config)
+    until(lambda: hung.call is not None and hung.call.kind == "generate")
+    assert hung.call is not None
+    hung.call.deadline = 0.0  # ten minutes later
+    found = dict(batch.arrivals(DEADLINE_S))
+    assert all(same(a, ray.get(found[place])) for place, a in enumerate(calm))
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+    until(lambda: pool.serving == 2 and all(replica.holds is pool.weights for replica in pool.replicas))
+    assert pool.restarts == restarts + 2
+    assert [ray.get(replica.handle.ping.remote(), timeout=30) for replica in (hung, killed)] == [7, 7]
+
+
+def test_replicas_join_and_leave_a_live_pool(
+    pool: RolloutPool, config: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One that joins with weights other than it was sent is started afresh; one that leaves finishes its groups."""
+    mark = tmp_path / "wrong once"
+
+    class WrongOnce(RolloutReplica):
+        def load_weights(self, *arguments: Any) -> str:
+            held = super().load_weights(*arguments)
+            if mark.exists():
+                return held
+            mark.touch()
+            return "0" * 32
+
+    calm = collect(pool, config)
+    monkeypatch.setattr("rollout.replica.RolloutReplica", WrongOnce)
+    restarts = pool.restarts
+    pool.scale(3)
+    until(lambda: len(pool.replicas) == 3 and pool.replicas[2].serving and pool.replicas[2].holds is pool.weights)
+    assert pool.restarts == restarts + 1 and pool.metrics()["rollout/replicas"] == 3
+    joined = pool.replicas[2]
+    assert joined.name not in {replica.name for replica in pool.replicas[:2]}
+
+    batch = submit(pool, config)
+    until(lambda: all(replica.call is not None for replica in pool.replicas))
+    pool.scale(1)
+    found = [ref for _, ref in sorted(batch.arrivals(DEADLINE_S))]
+    assert all(same(a, b) for a, b in zip(calm, ray.get(found), strict=True))
+    assert sum(stats.chains for stats in batch.stats) == 12, "no group was made twice"
+    until(lambda: len(pool.replicas) == 1)
+    assert pool.states() == {pool.replicas[0].name: "idle"}
+    assert pool.metrics()["rollout/replicas_wanted"] == 1
+
+
+def test_cancelled_work_is_neither_begun_nor_missed(pool: RolloutPool, config: TrainConfig) -> None:
+    abandoned = submit(pool, config)
+    pool.cancel()
+    calm = collect(pool, config)
+    assert len(calm) == 6 and len(abandoned.refs) <= 1
+
+
+def test_what_the_pool_waited_for_is_said(local_ray: None) -> None:
+    config = load_config("shapes", ["run_name=roomless", "rollout.replicas=1", "rollout.cpus=64"])
+    pool = RolloutPool(config.model_copy(update={"rollout": config.rollout.model_copy(update={"deadline_s": 1.0})}))
+    try:
+        with pytest.raises(RolloutError, match=r"0 of 1 .* 1 s \(rollout.deadline_s\): rollout-0 waits for room .*64"):
+            pool.wait_ready()
+    finally:
+        pool.close()
+
+
+def test_a_pool_whose_replicas_cannot_be_built_says_why(local_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unbuildable:
+        def __init__(self, config: TrainConfig) -> None:
+            raise FileNotFoundError("no such model")
+
+    monkeypatch.setattr("rollout.replica.RolloutReplica", Unbuildable)
+    pool = RolloutPool(load_config("shapes", ["run_name=broken", "rollout.replicas=1"]))
+    try:
+        with pytest.raises(RolloutError, match=r"3 faults .* cannot be built: FileNotFoundError: no such model"):
+            pool.wait_ready()
+    finally:
+        pool.close()

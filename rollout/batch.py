@@ -1,0 +1,120 @@
+"""The groups of one training step or evaluation, while replicas make them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import ObjectLostError
+
+from common.types import RolloutRequest, RolloutStats
+
+LOST_AFTER_S = 300.0
+
+
+class RolloutError(RuntimeError):
+    """Rollout work that could not be done."""
+
+
+@dataclass(eq=False)
+class Work:
+    """Requests that one replica generates together. errors: tries that raised; deaths: replicas lost over it."""
+
+    requests: list[RolloutRequest]
+    batch: Batch
+    places: list[int]
+    errors: int = 0
+    deaths: int = 0
+
+
+@dataclass(eq=False)
+class Batch:
+    """Filled as replicas finish. groups: a reference per request, None while it is being made; versions: the weight
+    version of each; arrived: positions of groups that `arrivals` has not yielded yet."""
+
+    requests: list[RolloutRequest]
+    groups: list[ray.ObjectRef | None] = field(init=False)
+    versions: list[int] = field(init=False)
+    stats: list[RolloutStats] = field(default_factory=list)
+    arrived: deque[int] = field(default_factory=deque)
+    error: Exception | None = None
+    cancelled: bool = False
+    started: float = field(default_factory=time.monotonic)
+    finished: float = 0.0
+    changed: threading.Condition = field(default_factory=threading.Condition)
+
+    def __post_init__(self) -> None:
+        self.groups = [None] * len(self.requests)
+        self.versions = [-1] * len(self.requests)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Chains of each group."""
+        return [len(request.seeds) for request in self.requests]
+
+    @property
+    def refs(self) -> list[ray.ObjectRef]:
+        """The groups in the order of the requests, once all have arrived."""
+        return [ref for ref in self.groups if ref is not None]
+
+    @property
+    def seconds(self) -> float:
+        return self.finished - self.started
+
+    def finish(self, places: list[int], refs: list[ray.ObjectRef], stats: RolloutStats) -> None:
+        """A replica has made the groups of these positions."""
+        with self.changed:
+            for place, ref in zip(places, refs, strict=True):
+                self.groups[place], self.versions[place] = ref, stats.version
+            self.arrived.extend(places)
+            self.stats.append(stats)
+            self.finished = time.monotonic()
+            self.changed.notify_all()
+
+    def fail(self, error: Exception) -> None:
+        """Whoever waits for a group hears of the error."""
+        with self.changed:
+            self.error = error
+            self.changed.notify_all()
+
+    def arrivals(self, deadline_s: float) -> Iterator[tuple[int, Any]]:
+        """Yields (position, group reference) as groups become ready; RolloutError if the work failed or stalls."""
+        for _ in self.groups:
+            with self.changed:
+                while not self.arrived:
+                    if self.error:
+                        raise RolloutError(str(self.error)) from self.error
+                    if not self.changed.wait(deadline_s):
+                        missing = sum(ref is None for ref in self.groups)
+                        raise RolloutError(
+                            f"no replica finished a group for {deadline_s:.0f} s (rollout.deadline_s); "
+                            f"{missing} of {len(self.groups)} groups are missing"
+                        )
+                place = self.arrived.popleft()
+            yield place, self.groups[place]
+
+    def forget_lost(self) -> list[int]:
+        """Clears the groups whose bytes are on no node any more and returns their positions. `arrivals` begins anew,
+        so that all are scored again."""
+        probes = [touch.remote(ref) for ref in self.refs]
+        lost = []
+        for place, probe in enumerate(probes):
+            try:
+                ray.get(probe, timeout=LOST_AFTER_S)
+            except ObjectLostError:
+                lost.append(place)
+        with self.changed:
+            for place in lost:
+                self.groups[place] = None
+            self.arrived = deque(i for i, ref in enumerate(self.groups) if ref is not None)
+        return lost
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def touch(group: object) -> None:
+    """Runs where the group is or can be brought; fails where it cannot."""

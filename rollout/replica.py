@@ -1,0 +1,107 @@
+"""One rollout replica as the driver sees it: an actor in a placement group of its own, with one call at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import ray
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from common.config import TrainConfig
+from common.runtime import thread_env
+from common.types import WeightManifest
+from rollout.actor import RolloutReplica
+from rollout.batch import Work
+
+
+@dataclass(frozen=True, eq=False)
+class Published:
+    """A weight version as the learner published it."""
+
+    manifest: WeightManifest
+    buffer: ray.ObjectRef
+
+
+@dataclass(eq=False)
+class Call:
+    """A call under way. future: what it returns; refs: the groups it makes; weights: the version it loads."""
+
+    kind: Literal["build", "load", "generate"]
+    future: Future[Any]
+    deadline: float
+    started: float = field(default_factory=time.monotonic)
+    work: Work | None = None
+    refs: list[ray.ObjectRef] = field(default_factory=list)
+    weights: Published | None = None
+
+
+class Replica:
+    """Ray restarts the actor after a death, on another node if it must, since it also moves the placement group. A
+    placement group that finds no room is what Ray's autoscaler adds nodes for."""
+
+    def __init__(self, config: TrainConfig, index: int, arrived: Callable[[Replica, Call], None]) -> None:
+        """arrived is called, from a thread of Ray's, when a call ends."""
+        self.name = f"rollout-{index}"
+        self.deadline_s = config.rollout.deadline_s
+        self._arrived = arrived
+        resources = config.rollout
+        asked = {"CPU": resources.cpus, "GPU": resources.gpus * resources.tensor_parallel, **resources.custom}
+        # A bundle may not be empty, and an actor may ask for nothing.
+        self.asked = {name: amount for name, amount in asked.items() if amount} or {"CPU": 0.001}
+        self.room = placement_group([self.asked], name=f"{config.run_name}-{self.name}")
+        self.handle: Any = (
+            ray.remote(RolloutReplica)
+            .options(
+                name=f"{config.run_name}-{self.name}",
+                num_cpus=resources.cpus,
+                num_gpus=resources.gpus * resources.tensor_parallel,
+                resources=resources.custom,
+                max_restarts=-1,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self.room, 0),
+                runtime_env={"env_vars": thread_env(resources.cpus)},
+            )
+            .remote(config)
+        )
+        self.call: Call | None = None
+        self.holds: Published | None = None
+        self.serving = False  # built, and answered its last call
+        self.leaving = False
+        self.idle_since = 0.0
+        self.again_at = 0.0  # while Ray rebuilds the actor, calls to it fail at once
+
+    def build(self) -> None:
+        """Waits, in the background, until the actor is built."""
+        self._begin("build", self.handle.ping.remote())
+
+    def load(self, weights: Published) -> None:
+        """Sends a version."""
+        self._begin("load", self.handle.load_weights.remote(weights.manifest, weights.buffer), weights=weights)
+
+    def generate(self, work: Work) -> None:
+        """Gives out work."""
+        call = self.handle.generate.options(num_returns=1 + len(work.requests))
+        stats, *refs = call.remote(work.requests)
+        self._begin("generate", stats, work=work, refs=refs)
+
+    def _begin(self, kind: Literal["build", "load", "generate"], ref: ray.ObjectRef, **about: Any) -> None:
+        call = Call(kind, ref.future(), time.monotonic() + self.deadline_s, **about)
+        self.call = call
+        call.future.add_done_callback(lambda _: self._arrived(self, call))
+
+    def has_room(self) -> bool:
+        """Whether the cluster has granted the placement group."""
+        return placement_group_table(self.room)["state"] == "CREATED"
+
+    def restart(self) -> None:
+        """Ends the process, hung or not; Ray starts another."""
+        ray.kill(self.handle, no_restart=False)
+
+    def end(self) -> None:
+        """Ends the actor for good and gives its room back."""
+        ray.kill(self.handle)
+        remove_placement_group(self.room)
