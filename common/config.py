@@ -266,7 +266,7 @@ class Checkpoints(Section):
     every: Annotated[int, Field(ge=0)] = 20
     """Steps between checkpoints; 0 writes only the last."""
     keep: Count = 2
-    """Checkpoints kept."""
+    """Newest checkpoints kept, besides the one with the highest mean reward over the steps before it."""
 
 
 class Recording(Section):

@@ -37,6 +37,8 @@ METRICS: dict[str, str] = {
     "weights/version": "Weight version that the replicas hold after the step.",
     "weights/sync_s": "Seconds from publishing to the last replica's acknowledgement.",
     "rollout/images_per_s": "Images generated per second of rollout.",
+    "rollout/staleness": "Mean number of versions that the step's groups were behind its update.",
+    "rollout/stale_groups": "Groups left out of the update because they were further behind than max_staleness.",
     "rollout/replicas": "Rollout replicas that serve.",
     "rollout/replicas_wanted": "Rollout replicas that serve or are being started.",
     "rollout/restarts": "Rollout replicas lost, hung or wrong, and restarted, since the driver started.",
@@ -48,6 +50,8 @@ METRICS: dict[str, str] = {
     "time/sync_s": "Seconds the step waited for weight publishing.",
     "time/step_s": "Seconds of the whole step.",
     "time/overhead_fraction": "Share of the step that is not model mathematics: generation and the update's passes.",
+    "learner/rebuilds": "Times the learner was rebuilt from a checkpoint since the driver started.",
+    "checkpoint/failures": "Checkpoints that could not be written since the driver started; the one before stays.",
     "loss/nonfinite": "Updates left out because a loss or gradient was NaN or infinite.",
 }
 
@@ -90,6 +94,12 @@ class Trackers:
         for sink in self._sinks:
             sink.log(step, finite)
 
+    def rewind(self, step: int) -> None:
+        """Forgets `step` and later: the run goes back to a checkpoint and logs them again."""
+        self._run.truncate_metrics(step)
+        for sink in self._sinks:
+            sink.rewind(step)
+
     def close(self) -> None:
         """Flushes and closes every tracker."""
         for sink in self._sinks:
@@ -100,6 +110,8 @@ class Trackers:
 class _Sink(Protocol):
     def log(self, step: int, metrics: Scalars) -> None: ...
 
+    def rewind(self, step: int) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -107,15 +119,19 @@ class _TensorBoard:
     """TensorBoard's own event writer; torch.utils.tensorboard would import torch into the driver."""
 
     def __init__(self, run: RunDirectory, resume_step: int | None) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self._writer = EventFileWriter(str(run.tensorboard))
         if resume_step is not None:
-            # TensorBoard discards what earlier files hold from this step on.
-            restart = SessionLog(status=SessionLog.START)
-            self._writer.add_event(Event(wall_time=time.time(), step=resume_step, session_log=restart))
-            self._writer.flush()
+            self.rewind(resume_step)
+
+    def rewind(self, step: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+        # TensorBoard discards what it has read so far from this step on.
+        restart = SessionLog(status=SessionLog.START)
+        self._writer.add_event(Event(wall_time=time.time(), step=step, session_log=restart))
+        self._writer.flush()
 
     def log(self, step: int, metrics: Scalars) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
@@ -157,6 +173,9 @@ class _WandB:
     def log(self, step: int, metrics: Scalars) -> None:
         self._wandb.log({"step": step} | metrics)
 
+    def rewind(self, step: int) -> None:
+        """W&B keeps both; the axis is the step."""
+
     def close(self) -> None:
         self._wandb.finish()
 
@@ -175,6 +194,9 @@ class _RayGauges:
             if key not in self._gauges:
                 self._gauges[key] = Gauge(gauge_name(key), describe(key) or key, tag_keys=("run",))
             self._gauges[key].set(value, tags=self._tags)
+
+    def rewind(self, step: int) -> None:
+        """A gauge shows the last value."""
 
     def close(self) -> None:
         self._gauges = {}

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import ray
 from numpy.typing import NDArray
+from ray.exceptions import GetTimeoutError
 
 from common.prompts import evenly
 from common.records import encode_png
@@ -17,10 +18,12 @@ from common.shapes.vocab import TAGS
 from common.types import Group
 from deploy.evaluation import Sample, summarise, to_markdown
 from deploy.grid import sample_grid
+from deploy.recovery import redoing_lost
 from deploy.report import read_samples, write_samples
 from deploy.requests import evaluation_requests
 from deploy.session import EvaluationSession
 from rewards.pool import Scored, Ticket
+from rollout.pool import RolloutError
 
 
 @ray.remote(num_cpus=0)
@@ -44,17 +47,28 @@ def evaluate(session: EvaluationSession, step: int) -> dict[str, Any]:
     session.progress.phase(f"evaluating {len(session.heldout)} held-out prompts at step {step}")
     shown = {prompt.id for prompt in evenly(session.heldout, config.evaluation.samples)}
     batch = session.rollout.submit(evaluation_requests(config, session.heldout))
-    tickets: dict[int, Ticket] = {}
-    details: dict[int, Any] = {}
-    for place, ref in batch.arrivals(config.rollout.deadline_s):
-        tickets[place] = session.rewards.start(ref, batch.sizes[place])
-        details[place] = describe.remote(ref, session.heldout[place].id in shown)
-    scored = session.rewards.finish([tickets[place] for place in range(len(tickets))])
+
+    def read() -> tuple[Scored, list[list[dict[str, Any]]]]:
+        tickets: dict[int, Ticket] = {}
+        details: dict[int, Any] = {}
+        for place, ref in batch.arrivals(config.rollout.deadline_s):
+            tickets[place] = session.rewards.start(ref, batch.sizes[place])
+            details[place] = describe.remote(ref, session.heldout[place].id in shown)
+        scored = session.rewards.finish([tickets[place] for place in range(len(tickets))])
+        try:
+            return scored, ray.get([details[place] for place in range(len(details))], timeout=config.rollout.deadline_s)
+        except GetTimeoutError as error:
+            raise RolloutError(
+                f"the {len(details)} evaluated groups were not described within {config.rollout.deadline_s:.0f} s "
+                "(rollout.deadline_s); does the cluster still have a node for tasks?"
+            ) from error
+
+    scored, details = redoing_lost(session, batch, read)
     strict, partial = (_component(scored, name, scored.total) for name in ("strict", "partial"))
     ta = _component(scored, "ta", np.full(scored.total.shape, np.nan))
     rows = []
     for place, prompt in enumerate(session.heldout):
-        for chain, about in enumerate(ray.get(details[place], timeout=config.rollout.deadline_s)):
+        for chain, about in enumerate(details[place]):
             rows.append(
                 Sample(
                     tag=str(prompt.metadata.get("tag", "")),

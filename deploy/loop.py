@@ -9,63 +9,92 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 
 from common.rundir import RunDirectory
 from deploy.evaluation_run import evaluate
+from deploy.recovery import Recovery, redoing_lost
 from deploy.requests import training_requests
 from deploy.session import Session
+from learner.group import LostLearnerError
 from rewards.pool import Scored
 from rollout.pool import Batch
 
 
 def train(session: Session) -> RunDirectory:
-    """Runs the configured steps, from the last checkpoint if the session resumes one."""
+    """Runs the configured steps, from the last checkpoint if the session resumes one, or if the learner is lost."""
+    recovery, first, began = Recovery(session), session.first_step, time.monotonic()
+    while True:
+        try:
+            for _ in steps(session, first, began):
+                recovery.stepped()
+            return session.run
+        except LostLearnerError as error:
+            first = recovery.after(error)
+
+
+def steps(session: Session, first: int, began: float) -> Iterator[int]:
+    """The algorithm; yields each step when it is done."""
     config, run = session.config, session.run
-    rollout, rewards, learner = session.rollout, session.rewards, session.learner
+    rollout, learner = session.rollout, session.learner
     rollout.sync(*learner.publish())
-    if session.first_step == 0:
+    if first == 0 and not run.evaluation_file(0).exists():
         evaluate(session, step=0)
 
     in_flight: deque[Batch] = deque()
-    submitted = done = session.first_step
-    began = time.monotonic()
-    for step in range(session.first_step, config.steps):
+    submitted = done = first
+    recent: list[float] = []
+    for step in range(first, config.steps):
         clock = Clock()
         while submitted <= min(step + config.max_staleness, config.steps - 1):
             in_flight.append(rollout.submit(training_requests(config, session.order, submitted)))
             submitted += 1
         batch = in_flight.popleft()
 
-        with clock("rollout"):
-            arrivals = batch.arrivals(config.rollout.deadline_s)
-            tickets = dict(sorted((place, rewards.start(ref, batch.sizes[place])) for place, ref in arrivals))
-        with clock("reward"):
-            scored = rewards.finish(list(tickets.values()))
-        with clock("update"):
-            updated = learner.update(step, batch.refs, scored.total)
+        scored, updated = redoing_lost(session, batch, partial(learn, session, step, batch, clock))
         with clock("sync"):
             rollout.sync(*learner.publish())
 
         if config.recording.rollouts_every and step % config.recording.rollouts_every == 0:
             learner.record(run.rollout_file(step, 0), batch.refs, scored.total, dict(scored.by_scorer))
-        metrics = {**updated, **_describe(scored, batch, rollout.metrics(), updated, clock)}
+        metrics = {**updated, **_describe(scored, batch, session, updated, clock)}
         session.trackers.log(step, metrics)
         session.progress.update(step, metrics)
 
         done = step + 1
+        recent.append(metrics["reward/mean"])
         stop = bool(config.max_minutes) and time.monotonic() - began > 60 * config.max_minutes
         last = stop or done == config.steps
         if last or (config.checkpoints.every and done % config.checkpoints.every == 0):
-            learner.save(run.checkpoint(done), {"step": done, "seed": config.seed})
+            learner.save(run.checkpoint(done), {"step": done, "seed": config.seed, "reward": float(np.nanmean(recent))})
+            recent.clear()
         if config.evaluation.every and done % config.evaluation.every == 0:
             evaluate(session, step=done)
+        yield step
         if stop:
             break
     if not run.evaluation_file(done).exists():
         evaluate(session, step=done)
-    return run
+    learner.saved()
+
+
+def learn(session: Session, step: int, batch: Batch, clock: Clock) -> tuple[Scored, dict[str, float]]:
+    """Scores a step's groups as they arrive, then updates. Groups that are staler than allowed are left out."""
+    with clock("rollout"):
+        arrivals = batch.arrivals(session.config.rollout.deadline_s)
+        tickets = dict(sorted((place, session.rewards.start(ref, batch.sizes[place])) for place, ref in arrivals))
+    with clock("reward"):
+        scored = session.rewards.finish(list(tickets.values()))
+    staleness = session.version - np.array(batch.versions)
+    scored.total[staleness > session.config.max_staleness] = np.nan
+    with clock("update"):
+        updated = session.learner.update(step, batch.refs, scored.total)
+    return scored, updated | {
+        "rollout/staleness": float(staleness.mean()),
+        "rollout/stale_groups": float((staleness > session.config.max_staleness).sum()),
+    }
 
 
 class Clock:
@@ -87,10 +116,11 @@ class Clock:
 
 
 def _describe(
-    scored: Scored, batch: Batch, pool: dict[str, float], updated: dict[str, float], clock: Clock
+    scored: Scored, batch: Batch, session: Session, updated: dict[str, float], clock: Clock
 ) -> dict[str, float]:
     """The step's numbers that the driver knows. Overhead is what remains of the step beside model mathematics."""
-    total, step_s, replicas = scored.total, clock.total, max(1.0, pool["rollout/replicas"])
+    supervised = session.rollout.metrics() | session.learner.metrics()
+    total, step_s, replicas = scored.total, clock.total, max(1.0, supervised["rollout/replicas"])
     chains, tokens = sum(s.chains for s in batch.stats), sum(s.tokens for s in batch.stats)
     generating = sum(s.reasoning_s + s.drawing_s for s in batch.stats) / replicas
     spread = {f"reward/{name}": float(np.nanmean(values)) for name, values in scored.by_scorer.items()}
@@ -101,7 +131,7 @@ def _describe(
         "reward/nonfinite": float(scored.nonfinite),
         **spread,
         **extra,
-        **pool,
+        **supervised,
         "text/tokens_mean": tokens / max(chains, 1),
         "rollout/images_per_s": chains / batch.seconds,
         "rollout/tokens_per_s": tokens / max(sum(s.reasoning_s for s in batch.stats) / replicas, 1e-9),

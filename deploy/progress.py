@@ -87,7 +87,7 @@ class Progress:
         begin, first = self._started
         if self._done >= self._total:
             return "0:00:00"
-        if self._done == first:
+        if self._done <= first:
             return "?"
         return str(timedelta(seconds=round((now - begin) / (self._done - first) * (self._total - self._done))))
 

@@ -15,7 +15,7 @@ import ray
 import yaml
 from ray.exceptions import AuthenticationError
 
-from common.config import ConfigError, TrainConfig, to_yaml
+from common.config import ConfigError, TrainConfig, resolve_path, to_yaml
 from common.metrics import Trackers
 from common.prompts import PromptOrder
 from common.rundir import RunDirectory
@@ -122,6 +122,11 @@ def open_session(config: TrainConfig, resume: bool = False) -> Iterator[Session]
         run.open()
         if found := run_checkpoint.newest_whole(run.checkpoints):
             checkpoint, first = found[0], int(found[1]["step"])
+            if run_checkpoint.identity(resolve_path(config.model.path)) != found[1]["reference"]:
+                raise ConfigError(
+                    f"model.path {config.model.path} is not the checkpoint that {run.path} started from, so the update "
+                    "would be held to another reference than before; restore it, or start a new run"
+                )
     elif run.path.exists():
         raise ConfigError(f"{run.path} exists already; give another run_name, or --resume to continue that run")
     with ExitStack() as stack:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from common import flow
 from common.advantage import group_advantages
-from common.config import TrainConfig
+from common.config import TrainConfig, resolve_path
 from common.policy import open_policy
 from common.records import write_groups
 from common.types import Group, WeightManifest
@@ -65,6 +66,10 @@ class LearnerRank:
         )
         self.updater = Updater(self.engine, self.reference, config, clip, self.ranks)
         self.version = 0
+        self.writer = ThreadPoolExecutor(1, "checkpoint")
+        self.writing: Future[None] | None = None
+        # Rank 0 writes it into every checkpoint.
+        self.reference_identity = run_checkpoint.identity(resolve_path(config.model.path)) if rank == 0 else ""
         if resume:
             self._resume(Path(resume))
 
@@ -81,19 +86,24 @@ class LearnerRank:
         """The version this rank holds."""
         return self.version
 
-    def update(self, step: int, refs: list[ray.ObjectRef], rewards: NDArray[np.float64]) -> dict[str, float]:
-        """One joint update from all groups of a step (rewards [B, G], NaN where unscored); metrics of all ranks.
+    def take(self, refs: list[ray.ObjectRef], rewards: NDArray[np.float64]) -> None:
+        """Fetches the groups of a step (rewards [B, G], NaN where unscored) that this rank has chains of.
 
-        A rank fetches only the groups it has chains of. Without any contributing chain nothing changes.
+        Apart from `update`, so that a group that is lost is noticed before any rank waits for another in a collective.
         """
         o = self.config.objective
-        advantages = group_advantages(rewards, std=o.advantage_std, clip=o.advantage_clip)
-        share = share_out(
-            advantages.mask, self.rank, self.ranks, o.minibatches, self.config.learner.chains_per_micro_batch
+        self.advantages = group_advantages(rewards, std=o.advantage_std, clip=o.advantage_clip)
+        self.share = share_out(
+            self.advantages.mask, self.rank, self.ranks, o.minibatches, self.config.learner.chains_per_micro_batch
         )
+        wanted = sorted({b for mini in self.share.pieces for micro in mini for b, _, _ in micro})
+        self.groups: dict[int, Group] = dict(zip(wanted, ray.get([refs[b] for b in wanted]), strict=True))
+
+    def update(self, step: int) -> dict[str, float]:
+        """One joint update from all groups that the ranks took; metrics of all ranks. Without any contributing chain
+        nothing changes."""
+        advantages, share, groups = self.advantages, self.share, self.groups
         self.engine.set_learning_rates(self.config.optimizer.learning_rate_factor(step, self.config.steps), self.rates)
-        wanted = sorted({b for mini in share.pieces for micro in mini for b, _, _ in micro})
-        groups: dict[int, Group] = dict(zip(wanted, ray.get([refs[b] for b in wanted]), strict=True))
         minibatches = [
             [
                 lay_out(
@@ -156,12 +166,29 @@ class LearnerRank:
                 Path(path), ray.get(refs), rewards, by_scorer, advantages.values, self.config.recording.latents
             )
 
-    def save(self, directory: str, state: dict[str, Any]) -> None:
-        """Writes a run checkpoint (collective); state is the driver's part of state.json."""
-        optimizer = self.engine.state(self.named)
+    def save(self, directory: str, state: dict[str, Any]) -> str | None:
+        """Copies what a run checkpoint holds (collective), which rank 0 then writes in the background; state is the
+        driver's part of state.json. Waits for the checkpoint before; what went wrong with that, None if nothing."""
+        problem = self.saved()
+        optimizer = self.engine.state(self.named, keep=self.rank == 0)
         if self.rank == 0:
-            own = {"weights_version": self.version, "optimizer_steps": self.engine.steps}
-            run_checkpoint.write(
-                Path(directory), self.checkpoint, optimizer, {**state, **own}, self.config.checkpoints.keep
+            own = {
+                "weights_version": self.version,
+                "optimizer_steps": self.engine.steps,
+                "reference": self.reference_identity,
+            }
+            self.writing = self.writer.submit(
+                run_checkpoint.write,
+                Path(directory),
+                self.checkpoint,
+                optimizer,
+                {**state, **own},
+                self.config.checkpoints.keep,
             )
-        torch.distributed.barrier()
+        return problem
+
+    def saved(self) -> str | None:
+        """Waits until the checkpoint that is being written is whole; what went wrong with it, None if nothing."""
+        error = self.writing.exception() if self.writing else None
+        self.writing = None
+        return f"{type(error).__name__}: {error}" if error else None

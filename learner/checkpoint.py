@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,38 @@ from common.policy import OpenPolicy
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
+PARTIAL = ".partial"
 
 
 def write(directory: Path, opened: OpenPolicy, optimizer: dict[str, Tensor], state: dict[str, Any], keep: int) -> None:
-    """Writes one checkpoint and removes all but the newest `keep` of its siblings."""
-    aside = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
+    """Writes one checkpoint and removes all of its siblings but the newest `keep` and the one with the highest
+    `reward` in its state. On an error nothing is left of it, and every other one stays."""
+    aside = directory.with_name(directory.name + PARTIAL)
+    for left in directory.parent.glob(f"*{PARTIAL}"):  # by a process that was killed
+        shutil.rmtree(left)
+    try:
+        _write_files(aside, opened, optimizer, state)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    if directory.exists():
+        _remove(directory)
+    aside.rename(directory)
+    whole = sorted(p for p in directory.parent.glob("step-*") if p.suffix != PARTIAL and (p / MANIFEST).exists())
+    best = max(whole, key=lambda p: read_json(p / "state.json").get("reward") or -math.inf)
+    for old in whole[:-keep]:
+        if old != best:
+            _remove(old)
+
+
+def _remove(directory: Path) -> None:
+    """Under another name first: what a kill leaves is then no checkpoint."""
+    left = directory.with_name(directory.name + PARTIAL)
+    directory.rename(left)
+    shutil.rmtree(left)
+
+
+def _write_files(aside: Path, opened: OpenPolicy, optimizer: dict[str, Tensor], state: dict[str, Any]) -> None:
     aside.mkdir(parents=True)
     # Masters rather than compute weights: a bf16 policy is saved without rounding.
     masters = {k.removeprefix("master."): v for k, v in optimizer.items() if k.startswith("master.")}
@@ -38,13 +65,6 @@ def write(directory: Path, opened: OpenPolicy, optimizer: dict[str, Tensor], sta
     files = sorted(p for p in aside.rglob("*") if p.is_file())
     manifest = {str(p.relative_to(aside)): _digest(p) for p in files}
     (aside / MANIFEST).write_text(json.dumps(manifest, indent=2))
-    if directory.exists():
-        shutil.rmtree(directory)
-    aside.rename(directory)
-    siblings = (p for p in directory.parent.glob("step-*") if p.suffix != aside.suffix)
-    whole = sorted(p for p in siblings if (p / MANIFEST).exists())
-    for old in whole[:-keep]:
-        shutil.rmtree(old)
 
 
 def verify(directory: Path) -> dict[str, Any]:
@@ -60,7 +80,7 @@ def verify(directory: Path) -> dict[str, Any]:
 def newest_whole(directory: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint under `directory` whose files are all as written, with its state; damaged ones are
     passed over with a warning. None if there is none."""
-    for candidate in sorted((p for p in directory.glob("step-*") if p.suffix != ".partial"), reverse=True):
+    for candidate in sorted((p for p in directory.glob("step-*") if p.suffix != PARTIAL), reverse=True):
         if (candidate / MANIFEST).exists():
             try:
                 return candidate, verify(candidate)
@@ -72,6 +92,13 @@ def newest_whole(directory: Path) -> tuple[Path, dict[str, Any]] | None:
 def read_optimizer(directory: Path) -> dict[str, Tensor]:
     """fp32 masters and moments by name."""
     return read_tensors(directory / "optimizer.safetensors")
+
+
+def identity(directory: Path) -> str:
+    """SHA-256 over the weights and settings of a released checkpoint: the same for the same policy wherever it lies."""
+    files = sorted(p for p in directory.rglob("*") if p.suffix in {".safetensors", ".json"})
+    named = "".join(f"{p.relative_to(directory)} {_digest(p)}\n" for p in files)
+    return hashlib.sha256(named.encode()).hexdigest()
 
 
 def _digest(path: Path) -> str:

@@ -115,8 +115,9 @@ class Engine:
         for group, name in zip(self.optimizer.param_groups, self.names, strict=True):
             group["lr"] = base[name] * factor
 
-    def state(self, named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
-        """Full fp32 masters and Adam moments by parameter name (collective: every rank calls it).
+    def state(self, named: Iterable[tuple[str, nn.Parameter]], keep: bool = True) -> dict[str, Tensor]:
+        """Full fp32 masters and Adam moments by parameter name (collective: every rank calls it; nothing is returned
+        where keep is False).
 
         Keys `master.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME`; independent of rank count and ZeRO stage.
         """
@@ -126,10 +127,13 @@ class Engine:
             self._link_moments()
         out = {}
         for name, parameter in named:
-            out["master." + name] = safe_get_full_fp32_param(parameter).detach().cpu().clone()
+            master = safe_get_full_fp32_param(parameter)
+            if keep:
+                out["master." + name] = master.detach().cpu().clone()
             for key in ("exp_avg", "exp_avg_sq"):
                 moment = safe_get_full_optimizer_state(parameter, key) if self.steps else torch.zeros_like(parameter)
-                out[f"{key}.{name}"] = moment.detach().float().cpu().clone()
+                if keep:
+                    out[f"{key}.{name}"] = moment.detach().float().cpu().clone()
         return out
 
     @property

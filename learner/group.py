@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 from numpy.typing import NDArray
-from ray.exceptions import GetTimeoutError, RayTaskError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -17,9 +19,15 @@ from common.runtime import free_port, thread_env
 from common.types import NonFiniteError, WeightManifest
 from learner.actor import LearnerRank
 
+log = logging.getLogger(__name__)
+
 
 class LearnerError(RuntimeError):
     """An update or collective that did not finish."""
+
+
+class LostLearnerError(LearnerError):
+    """A rank died, hung or failed, and with it what the ranks hold together: `rebuild` from a checkpoint."""
 
 
 @ray.remote(num_cpus=0)
@@ -40,7 +48,11 @@ class LearnerGroup:
 
     def __init__(self, config: TrainConfig, resume: Path | None = None) -> None:
         self.config = config
-        resources = config.learner
+        self.rebuilds = self.failed_saves = 0
+        self._start(resume)
+
+    def _start(self, resume: Path | None) -> None:
+        config, resources = self.config, self.config.learner
         self._room = reserve(resources.ranks, {"CPU": resources.cpus, "GPU": resources.gpus, **resources.custom})
         place = [PlacementGroupSchedulingStrategy(self._room, rank) for rank in range(resources.ranks)]
         self._address = rendezvous.options(scheduling_strategy=place[0]).remote()
@@ -59,13 +71,34 @@ class LearnerGroup:
         ]
 
     def _all(self, method: str, *args: Any) -> list[Any]:
-        refs = [getattr(rank, method).remote(*args) for rank in self.ranks]
-        try:
-            return ray.get(refs, timeout=self.config.learner.deadline_s)
-        except GetTimeoutError as error:
-            raise LearnerError(
-                f"learner {method} did not finish within {self.config.learner.deadline_s:.0f} s (learner.deadline_s)"
-            ) from error
+        """What every rank returned."""
+        return self._outcomes([getattr(rank, method).remote(*args) for rank in self.ranks], method)
+
+    def _outcomes(self, refs: list[ray.ObjectRef], method: str) -> list[Any]:
+        """Waits for one call per rank. The first failure is heard at once: the other ranks may wait for the failed one
+        in a collective. ObjectLostError if a group is on no node any more; LostLearnerError for everything else."""
+        waiting, deadline = refs, time.monotonic() + self.config.learner.deadline_s
+        while waiting:
+            done, waiting = ray.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+            if not done:
+                late = ", ".join(str(rank) for rank, ref in enumerate(refs) if ref in waiting)
+                raise LostLearnerError(
+                    f"learner {method}: rank {late} did not finish within {self.config.learner.deadline_s:.0f} s "
+                    "(learner.deadline_s)"
+                )
+            try:
+                ray.get(done)
+            except ObjectLostError:
+                raise
+            except RayError as error:
+                raise LostLearnerError(f"learner {method}: {str(error).strip().splitlines()[-1]}") from error
+        return ray.get(refs)
+
+    def rebuild(self, resume: Path | None) -> None:
+        """Ends what is left of the ranks and starts all of them anew: from a checkpoint, or from the beginning."""
+        self.close()
+        self.rebuilds += 1
+        self._start(resume)
 
     def wait_ready(self) -> int:
         """Blocks until all ranks are built; the version they hold. ConfigError if rank 0's machine has no free port;
@@ -79,19 +112,23 @@ class LearnerGroup:
                 f"the cluster made no room for {self.config.learner.ranks} learner ranks within "
                 f"{self.config.learner.deadline_s:.0f} s (learner.deadline_s)"
             ) from error
+        except RayError as error:
+            raise LostLearnerError(f"rank 0's node was lost while the learner started: {error}") from error
         return int(self._all("ping")[0])
 
     def check_sees(self, path: Path) -> None:
         """ConfigError if rank 0, which writes checkpoints and rollouts, does not find what the driver has written."""
-        if not ray.get(self.ranks[0].sees.remote(str(path)), timeout=self.config.learner.deadline_s):
+        if not self._all("sees", str(path))[0]:
             raise ConfigError(
                 f"{path}, which the driver has written, does not exist on the learner's node; give a runs_dir that all "
                 "nodes share, or set UNIGRPO_HOME to a directory that they share"
             )
 
     def update(self, step: int, groups: list[ray.ObjectRef], rewards: NDArray[np.float64]) -> dict[str, float]:
-        """One joint update; rewards [B, G]. NonFiniteError if it went wrong and on_nonfinite is stop."""
-        metrics: dict[str, float] = self._all("update", step, groups, rewards)[0]
+        """One joint update; rewards [B, G]. ObjectLostError, with nothing changed, if a group is on no node any more;
+        NonFiniteError if it went wrong and on_nonfinite is stop."""
+        self._all("take", groups, rewards)
+        metrics: dict[str, float] = self._all("update", step)[0]
         if metrics["loss/nonfinite"] and self.config.on_nonfinite == "stop":
             raise NonFiniteError(
                 f"step {step}: the gradient is NaN or infinite; the weights were left as they were. "
@@ -102,7 +139,7 @@ class LearnerGroup:
     def publish(self) -> tuple[WeightManifest, ray.ObjectRef]:
         """The current weights: manifest, and a reference to their bytes that the driver never opens."""
         manifest, buffer = self.ranks[0].publish.options(num_returns=2).remote()
-        return ray.get(manifest, timeout=self.config.learner.deadline_s), buffer
+        return self._outcomes([manifest], "publish")[0], buffer
 
     def record(
         self, path: Path, groups: list[ray.ObjectRef], rewards: NDArray[np.float64], by_scorer: dict[str, NDArray]
@@ -111,8 +148,24 @@ class LearnerGroup:
         self.ranks[0].record.remote(str(path), groups, rewards, by_scorer)
 
     def save(self, directory: Path, state: dict[str, Any]) -> None:
-        """Writes a checkpoint."""
-        self._all("save", str(directory), state)
+        """Begins a checkpoint: returns when the state is copied; rank 0 writes it while training goes on, after the
+        one before. A checkpoint that could not be written is a warning here: the one before stays whole."""
+        self._heed(self._all("save", str(directory), state)[0])
+
+    def saved(self) -> None:
+        """Waits until the last checkpoint is written. LearnerError if it could not be."""
+        if problem := self._heed(self._all("saved")[0]):
+            raise LearnerError(f"the last checkpoint could not be written: {problem}")
+
+    def _heed(self, problem: str | None) -> str | None:
+        if problem:
+            self.failed_saves += 1
+            log.warning("a checkpoint could not be written: %s; the one before stays", problem)
+        return problem
+
+    def metrics(self) -> dict[str, float]:
+        """Rebuilds of the learner and checkpoints that could not be written, since the driver started."""
+        return {"learner/rebuilds": float(self.rebuilds), "checkpoint/failures": float(self.failed_saves)}
 
     def close(self) -> None:
         """Ends every rank."""

@@ -71,8 +71,8 @@ class RewardPool:
 
     def finish(self, tickets: Sequence[Ticket]) -> Scored:
         """Waits for the scores of groups of equal size, in their order. ValueError for none or unequal ones;
-        NonFiniteError if a score was NaN or infinite and on_nonfinite is stop; RuntimeError if a scorer has lost all
-        its actors for good."""
+        ObjectLostError if a group was lost with its node; NonFiniteError if a score was NaN or infinite and
+        on_nonfinite is stop; RuntimeError if a scorer has lost all its actors for good."""
         sizes = sorted({ticket.size for ticket in tickets})
         if len(sizes) != 1:
             raise ValueError(f"tickets are of groups with {sizes} chains; give at least one, all of the same size")

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError
 
 from common import config
 from common.config import ConfigError
@@ -52,7 +52,8 @@ class _Job:
 
 
 class Replicas:
-    """Starts a scorer's actors. A failed group goes to another replica first; a dead or stuck actor is restarted."""
+    """Starts a scorer's actors. A failed group goes to another replica first; a dead or stuck actor is restarted, on
+    another node if its own is gone."""
 
     def __init__(self, scorer: config.Scorer, run_name: str = "") -> None:
         self.scorer = scorer
@@ -101,7 +102,8 @@ class Replicas:
             thread.start()
 
     def submit(self, group: ray.ObjectRef[Group]) -> Future[Outcome]:
-        """Queues a group. The future fails with RuntimeError only when no replica is left."""
+        """Queues a group. The future fails with ObjectLostError if the group was lost with its node, and with
+        RuntimeError when no replica is left."""
         job = _Job(group)
         with self._changed:
             if self._broken is not None:
@@ -144,6 +146,9 @@ class Replicas:
         actor = self._actors[index]
         try:
             rewards: Rewards = ray.get(actor.score.remote(job.group), timeout=self.scorer.deadline_s)
+        except ObjectLostError as error:  # its node is gone; whoever asked for it has it made again
+            job.future.set_exception(error)
+            return False
         except RayError as error:  # recovered from: tried again, in the end masked
             if isinstance(error, GetTimeoutError) and not self._closed:
                 ray.kill(actor, no_restart=False)

@@ -71,6 +71,10 @@ class RolloutReplica:
         """The actor's process."""
         return os.getpid()
 
+    def checksum(self, manifest: WeightManifest) -> str:
+        """The checksum of the weights that this replica holds, computed anew from its tensors."""
+        return checksum_of(self.checkpoint.policy.state_dict(), manifest)
+
     def load_weights(self, manifest: WeightManifest, buffer: NDArray[np.uint8]) -> str:
         """Replaces both copies of the weights and proves it: the checksum of what the denoiser now holds.
 

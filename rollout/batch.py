@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import ObjectLostError
+from ray.exceptions import GetTimeoutError, ObjectLostError
 
 from common.types import RolloutRequest, RolloutStats
 
@@ -99,14 +99,14 @@ class Batch:
             yield place, self.groups[place]
 
     def forget_lost(self) -> list[int]:
-        """Clears the groups whose bytes are on no node any more and returns their positions. `arrivals` begins anew,
-        so that all are scored again."""
+        """Clears the groups whose bytes are on no node any more, or cannot be had for minutes, and returns their
+        positions. `arrivals` begins anew, so that all are scored again."""
         probes = [touch.remote(ref) for ref in self.refs]
         lost = []
         for place, probe in enumerate(probes):
             try:
                 ray.get(probe, timeout=LOST_AFTER_S)
-            except ObjectLostError:
+            except (ObjectLostError, GetTimeoutError):
                 lost.append(place)
         with self.changed:
             for place in lost:

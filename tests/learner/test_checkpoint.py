@@ -30,9 +30,11 @@ def masters(golden_checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     return out
 
 
-def write(directory: Path, policy: Checkpoint, masters: dict[str, torch.Tensor], step: int, keep: int = 2) -> Path:
+def write(
+    directory: Path, policy: Checkpoint, masters: dict[str, torch.Tensor], step: int, keep: int = 2, **state: float
+) -> Path:
     target = directory / f"step-{step:06d}"
-    run_checkpoint.write(target, policy, masters, {"step": step, "optimizer_steps": 2 * step}, keep)
+    run_checkpoint.write(target, policy, masters, {"step": step, "optimizer_steps": 2 * step, **state}, keep)
     return target
 
 
@@ -60,13 +62,13 @@ def test_every_file_is_in_the_manifest(
     assert {"optimizer.safetensors", "state.json", "policy/ema.safetensors", "policy/ae.safetensors"} <= files
 
 
-def test_only_the_newest_are_kept(
+def test_the_newest_and_the_best_are_kept(
     golden_checkpoint: Checkpoint, masters: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    for step in (5, 10, 15, 100):
-        write(tmp_path, golden_checkpoint, masters, step)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000015", "step-000100"]
-    write(tmp_path, golden_checkpoint, masters, 101, keep=1)
+    for step, reward in ((5, 0.3), (10, 0.9), (15, 0.4), (100, 0.5)):
+        write(tmp_path, golden_checkpoint, masters, step, reward=reward)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000010", "step-000015", "step-000100"]
+    write(tmp_path, golden_checkpoint, masters, 101, keep=1, reward=1.0)
     assert [p.name for p in tmp_path.iterdir()] == ["step-000101"]
 
 
@@ -76,7 +78,7 @@ def test_an_interrupted_write_is_never_taken(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Killed at any file: the older checkpoint stays, and nothing has the new one's name."""
+    """Failed at any file: the older checkpoint stays, and nothing is left of the new one, not even used space."""
     older = write(tmp_path, golden_checkpoint, masters, 5, keep=1)
     real = run_checkpoint._digest
     calls = []
@@ -91,12 +93,13 @@ def test_an_interrupted_write_is_never_taken(
     with pytest.raises(OSError, match="no space left"):
         write(tmp_path, golden_checkpoint, masters, 10, keep=1)
     monkeypatch.undo()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000005", "step-000010.partial"]
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000005"]
     run_checkpoint.verify(older)
+    # What a kill leaves the next checkpoint clears away.
+    (tmp_path / "step-000007.partial").mkdir()
     with pytest.raises(CheckpointError, match=r"manifest\.json is missing"):
-        run_checkpoint.verify(tmp_path / "step-000010.partial")
-    # The next attempt clears the remains away.
-    write(tmp_path, golden_checkpoint, masters, 10, keep=1)
+        run_checkpoint.verify(tmp_path / "step-000007.partial")
+    write(tmp_path, golden_checkpoint, masters, 10, keep=1, reward=1.0)
     assert [p.name for p in tmp_path.iterdir()] == ["step-000010"]
 
 

@@ -170,6 +170,9 @@ def test_a_pool_whose_replicas_cannot_be_built_says_why(local_ray: None, monkeyp
         def __init__(self, config: TrainConfig) -> None:
             raise FileNotFoundError("no such model")
 
+        def ping(self) -> int:
+            return 0
+
     monkeypatch.setattr("rollout.replica.RolloutReplica", Unbuildable)
     pool = RolloutPool(load_config("shapes", ["run_name=broken", "rollout.replicas=1"]))
     try:

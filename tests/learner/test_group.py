@@ -1,0 +1,108 @@
+"""The learner's ranks in real actors: what is heard of a dead one, and what goes on from a checkpoint."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+from chains import make_chains
+from golden_numbers import CHECKPOINT
+from safetensors.torch import load_file
+
+from common.bagel.checkpoint import Checkpoint
+from common.config import TrainConfig, load_config
+from common.types import Group, Prompt
+from learner import checkpoint as run_checkpoint
+from learner.actor import LearnerRank
+from learner.group import LearnerError, LearnerGroup, LostLearnerError
+
+REWARDS = np.array([[0.0, 1.0], [1.0, 0.0]])
+
+
+@pytest.fixture(scope="module")
+def config() -> TrainConfig:
+    overrides = [
+        "run_name=group",
+        f"model.path={CHECKPOINT}",
+        "learner.ranks=2",
+        "sampling.noise_level=0.7",
+        "checkpoints.keep=1",
+        "learner.deadline_s=200",
+    ]
+    return load_config("shapes", overrides)
+
+
+@pytest.fixture(scope="module")
+def group(local_ray: None, config: TrainConfig) -> Iterator[LearnerGroup]:
+    class FillableRank(LearnerRank):
+        """A rank whose disk can be filled; and its process, to be killed."""
+
+        def fill_disk(self) -> None:
+            def full(*arguments: object) -> None:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+            run_checkpoint.save_file = full
+
+        def pid(self) -> int:
+            return os.getpid()
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr("learner.group.LearnerRank", FillableRank)
+    group = LearnerGroup(config)
+    group.wait_ready()
+    yield group
+    group.close()
+    patch.undo()
+
+
+def test_a_lost_rank_a_full_disk_and_another_number_of_ranks(
+    group: LearnerGroup, config: TrainConfig, golden_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    chains = make_chains(golden_checkpoint, 4)
+    refs = [ray.put(Group(Prompt(str(b), "p", {}), 0, tuple(chains[2 * b : 2 * b + 2]))) for b in range(2)]
+    assert group.update(0, refs, REWARDS)["weights/version"] == 1
+    first = tmp_path / "step-000001"
+    group.save(first, {"step": 1, "reward": 0.5})
+    assert group.update(1, refs, REWARDS)["weights/version"] == 2
+
+    # A full disk: training goes on, the checkpoint before stays, and the last one's failure is an error.
+    ray.get([rank.fill_disk.remote() for rank in group.ranks])
+    group.save(tmp_path / "step-000002", {"step": 2, "reward": 0.7})
+    assert group.update(2, refs, REWARDS)["weights/version"] == 3
+    group.save(tmp_path / "step-000003", {"step": 3, "reward": 0.7})
+    with pytest.raises(LearnerError, match=r"could not be written: OSError: .*No space left"):
+        group.saved()
+    assert group.metrics()["checkpoint/failures"] == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
+    found = run_checkpoint.newest_whole(tmp_path)
+    assert found is not None and found[1]["weights_version"] == 1
+    assert found[1]["reference"] == run_checkpoint.identity(CHECKPOINT)
+
+    # A killed rank is heard of at once, though the other one waits for it in a collective.
+    os.kill(ray.get(group.ranks[1].pid.remote()), signal.SIGKILL)
+    began = time.monotonic()
+    with pytest.raises(LostLearnerError):
+        group.update(3, refs, REWARDS)
+    assert time.monotonic() - began < config.learner.deadline_s / 2
+
+    # The learner goes on from the checkpoint: here with one rank and another ZeRO stage, bit for bit.
+    alone = config.learner.model_copy(update={"ranks": 1, "zero_stage": 1})
+    group.config = config.model_copy(update={"learner": alone})
+    group.rebuild(first)
+    assert group.wait_ready() == 1
+    again = tmp_path / "again" / "step-000001"
+    group.save(again, {"step": 1})
+    group.saved()
+    for name in ("optimizer.safetensors", "policy/ema.safetensors"):
+        before, after = load_file(first / name), load_file(again / name)
+        assert before.keys() == after.keys()
+        assert all((before[key] == after[key]).all() for key in before)
+    assert group.update(1, refs, REWARDS)["weights/version"] == 2
+    assert group.metrics()["learner/rebuilds"] == 1
