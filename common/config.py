@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from common.contradictions import contradictions
 from common.hardware import cpu_has_bfloat16
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -90,16 +91,27 @@ class Sampling(Section):
     """Time points of the training schedule; steps are one fewer."""
     shift: Positive = 3.0
     """Timestep shift s of t' = s t / (1 + (s - 1) t)."""
+    sampler: Literal["flow_sde", "flow_cps", "dance"] = "flow_sde"
+    """How a window step is drawn: FlowGRPO's SDE, Flow-CPS, or DanceGRPO's SDE of constant noise."""
     noise_level: NonNegative = 0.7
-    """a in sigma_t = a sqrt(t / (1 - t))."""
+    """a of the sampler; for flow_sde in sigma_t = a sqrt(t / (1 - t))."""
     window_size: Count = 3
     """Steps of the SDE window, the only ones that are trained."""
     window_range: tuple[int, int] = (0, 5)
-    """Range of steps the window lies in; its start is drawn once per group, both ends included."""
+    """Range of steps the window lies in, both ends included."""
+    window_schedule: Literal["group", "step", "progressive"] = "group"
+    """Where the window starts: drawn once per group, once per training step for all groups, or sliding through the
+    range (the last two are MixGRPO's random and progressive)."""
+    window_interval: Count = 25
+    """Training steps after which a progressive window moves on by one."""
+    shared_noise: bool = False
+    """Whether the chains of a group start from the same noise; the window's noise is always each chain's own."""
+    think: bool = True
+    """Whether the policy reasons before it draws; without, the image is conditioned on the prompt alone."""
 
 
 class Objective(Section):
-    """What is maximised: J_text + lambda J_image - w L_mse."""
+    """What is maximised: J_text + lambda J_image - w R."""
 
     advantage_std: Literal["group", "global", "none"] = "group"
     """What the centred reward is divided by."""
@@ -111,6 +123,15 @@ class Objective(Section):
     """Upper clip of the text ratio, 1 + this."""
     text_kl: NonNegative = 0.0
     """Weight of the k3 KL to the reference; 0 as in the paper."""
+    text_aggregation: Literal["chain_mean", "token_mean", "constant_length"] = "chain_mean"
+    """What a chain's sum over tokens is divided by: its own length, the batch's mean length (all tokens count alike,
+    DAPO), or sampling.max_tokens (Dr.GRPO)."""
+    text_ratio: Literal["token", "sequence"] = "token"
+    """Ratio of each token, or one per reasoning, the geometric mean over its tokens (GSPO)."""
+    text_importance_cap: NonNegative = 0.0
+    """Cap of the importance weight of vLLM's log-probs against the learner's (TIS; 2 is usual); 0 is off."""
+    mask_truncated: bool = False
+    """Leave reasoning that was cut at sampling.max_tokens out of the text objective."""
     image_clip: Positive | Literal["scaled"] = "scaled"
     """Clip of the log image ratio; "scaled" is the paper's 1e-6 times sqrt(262144 / latent size)."""
     image_weight: NonNegative = 1.0
@@ -119,8 +140,17 @@ class Objective(Section):
     """Weight of the text objective; 0 trains the image half alone."""
     ratio_norm: bool = True
     """RatioNorm instead of the plain log ratio."""
-    velocity_mse: NonNegative = 1.5e-5
-    """Weight w of the velocity regulariser; 0 leaves it (and the reference forward) out."""
+    image_trust: Literal["clip", "kl"] = "clip"
+    """What bounds an image update: the clip of the ratio, or a mask by the exact KL of the step (Flow-DPPO)."""
+    image_kl_bound: Positive = 1e-5
+    """KL to the old policy's step, mean over latent dimensions, beyond which image_trust: kl stops an update that
+    leads further away."""
+    image_reweight: bool = False
+    """GRPO-Guard's re-weight: window steps count with 1/dt, scaled to mean 1 over the window."""
+    regulariser: Literal["velocity_mse", "latent_kl", "none"] = "velocity_mse"
+    """R: mean ||v - v_ref||^2, the KL of the steps ||mu - mu_ref||^2 / (2 s^2), or nothing (and no reference)."""
+    regulariser_weight: Positive = 1.5e-5
+    """w, the weight of R."""
     image_grad_to_reasoning: bool = True
     """Whether the image loss reaches the reasoning expert through its keys and values."""
     epochs: Count = 1
@@ -326,40 +356,9 @@ class TrainConfig(Section):
         return rollout.min_replicas or rollout.replicas, rollout.max_replicas or rollout.replicas
 
     @model_validator(mode="after")
-    def _arithmetic(self) -> TrainConfig:
-        s, (low, high) = self.sampling, self.sampling.window_range
-        if not 0 <= low < high:
-            raise ValueError(f"sampling.window_range is [{low}, {high}]; give 0 <= low < high")
-        if s.window_size > high - low:
-            raise ValueError(
-                f"sampling.window_size is {s.window_size} but window_range [{low}, {high}] holds {high - low} steps; "
-                "make the window smaller or the range wider"
-            )
-        if high > s.points - 1:
-            raise ValueError(
-                f"sampling.window_range ends at step {high} but {s.points} points are {s.points - 1} steps; "
-                "lower the range or raise sampling.points"
-            )
-        if high == s.points - 1 and low + s.window_size > high - 1 and s.noise_level > 0 and s.points == 2:
-            raise ValueError("sampling.points is 2: a single step leaves nothing to explore; raise it")
-        prompts, ranks = self.data.prompts_per_step, self.learner.ranks
-        share = prompts / (ranks * self.objective.minibatches)
-        if share != int(share):
-            raise ValueError(
-                f"data.prompts_per_step is {prompts}, which {ranks} learner ranks x {self.objective.minibatches} "
-                f"minibatches do not divide; use a multiple of {ranks * self.objective.minibatches}"
-            )
-        fewest, most = self.replica_bounds
-        if not fewest <= self.rollout.replicas <= most:
-            raise ValueError(
-                f"rollout.replicas is {self.rollout.replicas}, outside min_replicas {fewest} and max_replicas {most}; "
-                "give min_replicas <= replicas <= max_replicas"
-            )
-        names = [scorer.name for scorer in self.rewards]
-        if len(set(names)) != len(names):
-            raise ValueError(f"rewards names a scorer twice: {', '.join(names)}; give each one entry")
-        if self.objective.text_weight == 0 and self.objective.image_weight == 0:
-            raise ValueError("objective.text_weight and objective.image_weight are both 0; nothing would be trained")
+    def _consistent(self) -> TrainConfig:
+        for contradiction in contradictions(self):
+            raise ValueError(contradiction)
         return self
 
 

@@ -31,6 +31,7 @@ METRICS: dict[str, str] = {
     "text/entropy": "Mean entropy of the reasoning's next-token distribution, in nats.",
     "image/ratio_mean": "Mean importance ratio of the denoising steps.",
     "image/clip_fraction": "Share of denoising steps whose ratio is clipped.",
+    "image/kl_old": "KL of the window's steps to the old policy's, mean over latent dimensions.",
     "image/velocity_mse": "Mean squared distance of the velocity to the reference model's.",
     "grad_norm/reasoning": "Gradient norm of the reasoning expert before clipping.",
     "grad_norm/denoising": "Gradient norm of the denoising expert before clipping.",

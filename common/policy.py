@@ -25,11 +25,11 @@ class Chat(Protocol):
     def end(self) -> int:
         """The token that ends a reasoning."""
 
-    def prompt_ids(self, prompt: str, system: str = "") -> list[int]:
-        """What the reasoning is sampled from."""
+    def prompt_ids(self, prompt: str, system: str = "", think: bool = True) -> list[int]:
+        """What the reasoning is sampled from; without reasoning, what the image is conditioned on."""
 
     def context_ids(self, prompt_ids: list[int], response_ids: list[int]) -> list[int]:
-        """What the image is conditioned on, for `OpenPolicy.context`."""
+        """What the image is conditioned on, for `OpenPolicy.context`; the prompt alone if there is no response."""
 
     def decode(self, ids: list[int]) -> str:
         """Text for people."""
@@ -158,11 +158,13 @@ class OpenPolicy(ABC):
 
 @dataclass(frozen=True)
 class Outline:
-    """What is known of a policy before its tensors are read: chat, positions of its decoder, `grid` as above."""
+    """What is known of a policy before its tensors are read: chat, positions of its decoder, `grid` and `token_dim` as
+    above."""
 
     chat: Chat
     positions: int
     grid: Callable[[int, int], tuple[int, int]]
+    token_dim: int
 
 
 def outline(model: Model) -> Outline:
@@ -173,7 +175,9 @@ def outline(model: Model) -> Outline:
     directory = resolve_path(model.path)
     config = checkpoint.check(directory)
     llm = config.llm_config
-    return Outline(ChatTokenizer.read(directory, llm.vocab_size), llm.max_position_embeddings, config.grid)
+    return Outline(
+        ChatTokenizer.read(directory, llm.vocab_size), llm.max_position_embeddings, config.grid, config.token_dim
+    )
 
 
 def open_policy(model: Model, dtype: torch.dtype = torch.float32, device: str = "cpu") -> OpenPolicy:

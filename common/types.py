@@ -31,8 +31,9 @@ class Prompt:
 
 @dataclass(frozen=True)
 class TextSegment:
-    """Sampled reasoning. ids [K] int64 with EOS; logprobs [K] fp32 under the distribution sampled from; prompt_ids
-    [P] int64 what came before; finished: stopped at EOS rather than at the token limit; text: decoded, for people."""
+    """Sampled reasoning; none (K = 0) where the policy draws at once. ids [K] int64 with EOS; logprobs [K] fp32 under
+    the distribution sampled from; prompt_ids [P] int64 what came before; finished: stopped at EOS rather than at the
+    token limit; text: decoded, for people."""
 
     prompt_ids: NDArray[np.int64]
     ids: NDArray[np.int64]
@@ -93,7 +94,8 @@ class Group:
 @dataclass(frozen=True)
 class RolloutRequest:
     """Asks a replica for one group. seeds [G] one per chain; window: first step and number of SDE steps, None for
-    deterministic sampling; points: time points of the schedule (steps + 1); cfg: guidance, None in training."""
+    deterministic sampling; points: time points of the schedule (steps + 1); cfg: guidance, None in training; start:
+    seed of the initial noise that all chains share, None where each has its own."""
 
     prompt: Prompt
     step: int
@@ -101,6 +103,7 @@ class RolloutRequest:
     window: tuple[int, int] | None
     points: int
     cfg: Cfg | None = None
+    start: int | None = None
 
 
 @dataclass(frozen=True)

@@ -15,3 +15,10 @@ def sample_window(seed: int, size: int, span: tuple[int, int], steps: int) -> tu
     if first + size > steps:
         raise ValueError(f"SDE window {first}..{first + size} lies outside the {steps} steps of the schedule")
     return first, size
+
+
+def sliding_window(moves: int, size: int, span: tuple[int, int]) -> tuple[int, int]:
+    """(first step, size) of a window that slides from the start of its range, one step a move, and stays at the end
+    (MixGRPO's progressive strategy)."""
+    low, high = span
+    return min(low + moves, high - size), size

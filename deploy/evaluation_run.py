@@ -34,7 +34,9 @@ def describe(group: Group, pictures: bool) -> list[dict[str, Any]]:
     return [
         {
             "reasoning": chain.text.text,
-            "reasoning_correct": reasoning_correct(metadata, chain.text.text) if judged else None,
+            "reasoning_correct": reasoning_correct(metadata, chain.text.text)
+            if judged and len(chain.text.ids)
+            else None,
             "png": encode_png(chain.image.pixels) if pictures else b"",
         }
         for chain in group.chains

@@ -53,13 +53,18 @@ def demands(config: TrainConfig, learner_too: bool = True) -> list[Demand]:
 
 def check_inputs(config: TrainConfig) -> Inputs:
     """Reads prompts, looks at the checkpoint and the scorers. ConfigError or CheckpointError."""
+    from common.flow import image_clip
     from common.policy import outline
 
     model = outline(config.model)
     try:
-        model.grid(config.model.height, config.model.width)
+        rows, cols = model.grid(config.model.height, config.model.width)
     except ValueError as error:
         raise ConfigError(f"model.height x model.width: {error}") from error
+    try:
+        image_clip(config.objective.image_clip, rows * cols * model.token_dim)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     check(config.rewards)
     train = read_prompts(resolve_path(config.data.train))
     heldout = read_prompts(resolve_path(config.data.heldout))

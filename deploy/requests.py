@@ -5,30 +5,37 @@ from __future__ import annotations
 from common.config import TrainConfig
 from common.prompts import PromptOrder
 from common.types import Prompt, RolloutRequest, chain_seed
-from common.window import sample_window
+from common.window import sample_window, sliding_window
 
 # Evaluation and training draw from disjoint streams: no training step has this number.
 EVALUATION_STREAM = 2**31
 
 
 def training_requests(config: TrainConfig, order: PromptOrder, step: int) -> list[RolloutRequest]:
-    """One group per prompt of the step; the SDE window is drawn once per group."""
-    sampling = config.sampling
+    """One group per prompt of the step."""
+    size, shared = config.data.group_size, config.sampling.shared_noise
     return [
         RolloutRequest(
             prompt,
             step,
-            tuple(chain_seed(config.seed, step, place, g) for g in range(config.data.group_size)),
-            sample_window(
-                chain_seed(config.seed, step, place, config.data.group_size),
-                sampling.window_size,
-                sampling.window_range,
-                sampling.points - 1,
-            ),
-            sampling.points,
+            tuple(chain_seed(config.seed, step, place, g) for g in range(size)),
+            training_window(config, step, place),
+            config.sampling.points,
+            start=chain_seed(config.seed, step, place, size + 1) if shared else None,
         )
         for place, prompt in enumerate(order.batch(step))
     ]
+
+
+def training_window(config: TrainConfig, step: int, place: int) -> tuple[int, int]:
+    """The SDE window of a step's group: (first step, size)."""
+    sampling = config.sampling
+    size, span = sampling.window_size, sampling.window_range
+    if sampling.window_schedule == "progressive":
+        return sliding_window(step // sampling.window_interval, size, span)
+    # One draw for the whole step is that of its first group.
+    drawn = place if sampling.window_schedule == "group" else 0
+    return sample_window(chain_seed(config.seed, step, drawn, config.data.group_size), size, span, sampling.points - 1)
 
 
 def evaluation_requests(config: TrainConfig, prompts: list[Prompt]) -> list[RolloutRequest]:

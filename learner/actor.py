@@ -39,14 +39,12 @@ class LearnerRank:
         self.checkpoint = open_policy(config.model, torch.float32, device)
         policy, o = self.checkpoint.policy, config.objective
         self.reference = None
-        if o.velocity_mse or o.text_kl:
+        if o.regulariser != "none" or o.text_kl:
             # The checkpoint the run started from. Its parameters keep requires_grad although nothing trains them:
             # torch picks other kernels without it, and the distance of equal weights must be exactly 0.
             self.reference = open_policy(config.model, getattr(torch, config.learner.dtype), device).policy.eval()
         rows, cols = self.checkpoint.grid(config.model.height, config.model.width)
-        clip = o.image_clip
-        if clip == "scaled":
-            clip = flow.scaled_image_clip(rows * cols * self.checkpoint.token_dim)
+        clip = flow.image_clip(o.image_clip, rows * cols * self.checkpoint.token_dim)
         if config.learner.activation_checkpointing:
             policy.recompute_activations()
         groups = policy.parameter_groups()
@@ -142,7 +140,10 @@ class LearnerRank:
             {"count/chain", "count/token", "count/window", "count/step", "sum/nonfinite"}
             | {f"sum/grad_norm/{name}" for name in self.rates}
             | {f"sum/text/{k}" for k in ("ratio", "clipped", "logprob_diff", "entropy")}
-            | {f"sum/image/{k}" for k in ("ratio", "log_ratio_abs", "clipped", "velocity_mse", "velocity_diff")}
+            | {
+                f"sum/image/{k}"
+                for k in ("ratio", "log_ratio_abs", "clipped", "kl_old", "velocity_mse", "velocity_diff")
+            }
         )
         values = torch.tensor([sums.get(key, 0.0) for key in keys], dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(values)

@@ -23,14 +23,15 @@ from learner.engine import Engine
 class MicroBatch:
     """C chains laid out for one forward. M = C * K images, P scored tokens.
 
-    packed: texts and images; advantage [C]; weight [C] 1 or 0 (a chain that only keeps ranks in step); token_owner
-    [P] the chain of each token; behaviour [P] the rollout's log-probs; x_next, v_old [M, N, D]; t, t_next [M];
-    on_policy: made by the very weights that are being updated.
+    packed: texts and images; advantage [C]; weight [C] 1 or 0 (a chain that only keeps ranks in step); finished [C]
+    whether the reasoning ended by itself; token_owner [P] the chain of each token; behaviour [P] the rollout's
+    log-probs; x_next, v_old [M, N, D]; t, t_next [M]; on_policy: made by the very weights that are being updated.
     """
 
     packed: Batch
     advantage: Tensor
     weight: Tensor
+    finished: Tensor
     token_owner: Tensor
     behaviour: Tensor
     x_next: Tensor
@@ -42,6 +43,11 @@ class MicroBatch:
     @property
     def chains(self) -> int:
         return len(self.advantage)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(C, K): what a number per image is viewed as."""
+        return self.chains, self.window
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,8 @@ def lay_out(
         packed,
         torch.tensor(advantages, dtype=torch.float32, device=device),
         torch.tensor(weights, dtype=torch.float32, device=device),
-        torch.tensor(owner, device=device),
+        torch.tensor([chain.text.finished for chain in chains], device=device),
+        torch.tensor(owner, dtype=torch.long, device=device),
         torch.from_numpy(np.concatenate(behaviour)).to(device),
         stack("x_next"),
         stack("v_old"),
@@ -117,6 +124,7 @@ class Updater:
     ) -> None:
         self.engine, self.reference, self.config = engine, reference, config
         self.image_clip, self.ranks = image_clip, ranks
+        self.sampler = flow.SAMPLERS[config.sampling.sampler]
 
     def run(self, minibatches: list[list[MicroBatch]], totals: list[int]) -> dict[str, float]:
         """epochs x minibatches optimizer steps. totals: contributing chains of all ranks per minibatch.
@@ -130,11 +138,12 @@ class Updater:
         old = [
             [self._old(micro) if steps > 1 or not micro.on_policy else None for micro in mini] for mini in minibatches
         ]
+        lengths = [self._mean_length(mini, total) for mini, total in zip(minibatches, totals, strict=True)]
         sums: dict[str, float] = {}
         for _ in range(objective_config.epochs):
-            for mini, olds, references, total in zip(minibatches, old, reference, totals, strict=True):
-                for position, (micro, before, ref) in enumerate(zip(mini, olds, references, strict=True)):
-                    loss, stats = self._loss(micro, before, ref, total)
+            for mini, olds, refs, total, length in zip(minibatches, old, reference, totals, lengths, strict=True):
+                for position, (micro, before, ref) in enumerate(zip(mini, olds, refs, strict=True)):
+                    loss, stats = self._loss(micro, before, ref, total, length)
                     self.engine.backward(loss, last=position == len(mini) - 1)
                     _add(sums, stats)
                 if mini:
@@ -158,6 +167,19 @@ class Updater:
         """The reference reads the text itself: its images attend to keys and values of reference weights."""
         return self._forward(self.reference, micro) if self.reference is not None else None
 
+    def _kept(self, micro: MicroBatch) -> Tensor:
+        """1 for the tokens [P] of the text objective, 0 for those of chains that are left out of it."""
+        left_out = ~micro.finished & self.config.objective.mask_truncated
+        return (~left_out)[micro.token_owner].float()
+
+    def _mean_length(self, mini: list[MicroBatch], total: int) -> float:
+        """Tokens of the text objective per contributing chain, over all ranks (collective, for token_mean alone)."""
+        if self.config.objective.text_aggregation != "token_mean" or not total:
+            return 1.0
+        tokens = torch.stack([(self._kept(micro) * micro.weight[micro.token_owner]).sum() for micro in mini]).sum()
+        torch.distributed.all_reduce(tokens)
+        return tokens.item() / total
+
     def _step(self) -> dict[str, float]:
         norms = self.engine.step()
         if norms is None:
@@ -165,48 +187,75 @@ class Updater:
         return {"count/step": 1.0, **{f"sum/grad_norm/{name}": norm for name, norm in norms.items()}}
 
     def _loss(
-        self, micro: MicroBatch, old: OldPolicy | None, reference: PolicyOutput | None, total: int
+        self, micro: MicroBatch, old: OldPolicy | None, reference: PolicyOutput | None, total: int, mean_length: float
     ) -> tuple[Tensor, dict[str, float]]:
         """The loss of one micro-batch, scaled so that the average over ranks is the mean over all chains."""
-        o, chains = self.config.objective, micro.chains
+        o = self.config.objective
         output = self._forward(self.engine.engine, micro)
         old = old or OldPolicy(output.logprobs.detach(), output.velocity.detach())
+        move = self.sampler.step(micro.packed.t, micro.t_next, self.config.sampling.noise_level)
 
-        text = objective.text_objective(
-            output.logprobs, old.logprobs, micro.advantage, micro.token_owner, chains, o.text_clip_low, o.text_clip_high
-        )
-        coefficients = flow.sde_step(micro.packed.t, micro.t_next, self.config.sampling.noise_level)
-        mean = flow.mean_of(coefficients, micro.packed.x_t, output.velocity)
-        mean_old = flow.mean_of(coefficients, micro.packed.x_t, old.velocity)
-        ratio = flow.ratio_norm_log if o.ratio_norm else flow.plain_log_ratio
-        log_ratio = ratio(micro.x_next, mean_old, mean, coefficients.std).view(chains, micro.window)
-        image = objective.image_objective(log_ratio, micro.advantage, self.image_clip)
-
+        text = self._text(micro, output, old, mean_length)
+        divergence = flow.gaussian_kl(output.velocity.detach(), old.velocity, move).view(micro.shape)
+        image = self._image(micro, output, old, move, divergence)
         per_chain = o.text_weight * text.loss + o.image_weight * image.loss
-        mse = torch.zeros(chains, device=per_chain.device)
-        if reference is not None:
-            shape = (chains, micro.window, *output.velocity.shape[1:])
-            mse = objective.velocity_mse(output.velocity.view(shape), reference.velocity.view(shape)).mean(1)
-            per_chain = per_chain + o.velocity_mse * mse
-            if o.text_kl:
-                kl = objective.text_kl(output.logprobs, reference.logprobs, micro.token_owner, chains)
-                per_chain = per_chain + o.text_kl * kl
+        if reference is not None and o.regulariser != "none":
+            distance = objective.REGULARISERS[o.regulariser](output.velocity, reference.velocity, move)
+            per_chain = per_chain + o.regulariser_weight * distance.view(micro.shape).mean(1)
+        if reference is not None and o.text_kl:
+            kl = objective.text_kl(output.logprobs, reference.logprobs, micro.token_owner, micro.chains)
+            per_chain = per_chain + o.text_kl * kl
         loss = (per_chain * micro.weight).sum() * self.ranks / max(total, 1)
-        return loss, self._stats(micro, output, text, image, mse, log_ratio)
+        return loss, self._stats(micro, output, reference, text, image, divergence)
+
+    def _text(self, micro: MicroBatch, output: PolicyOutput, old: OldPolicy, mean_length: float) -> objective.Surrogate:
+        o, owner, kept = self.config.objective, micro.token_owner, self._kept(micro)
+        log_ratio = objective.TEXT_RATIOS[o.text_ratio](output.logprobs - old.logprobs, owner, micro.chains)
+        weight = kept
+        if o.text_importance_cap:
+            weight = kept * objective.importance_weight(old.logprobs, micro.behaviour, o.text_importance_cap)
+        lengths = objective.TEXT_LENGTHS[o.text_aggregation](
+            objective.sum_by_chain(kept, owner, micro.chains), mean_length, self.config.sampling.max_tokens
+        )
+        return objective.text_objective(
+            log_ratio, micro.advantage, weight, owner, lengths, o.text_clip_low, o.text_clip_high
+        )
+
+    def _image(
+        self, micro: MicroBatch, output: PolicyOutput, old: OldPolicy, move: flow.StepCoefficients, divergence: Tensor
+    ) -> objective.Surrogate:
+        o = self.config.objective
+        mean = flow.mean_of(move, micro.packed.x_t, output.velocity)
+        mean_old = flow.mean_of(move, micro.packed.x_t, old.velocity)
+        if o.ratio_norm:
+            log_ratio = flow.ratio_norm_log(micro.x_next, mean_old, mean, move.std)
+        else:
+            log_ratio = flow.plain_log_ratio(micro.x_next, mean_old, mean, move.std, self.sampler.log_prob)
+        dt = (micro.t_next - micro.packed.t).view(micro.shape)
+        weight = objective.guard_weight(dt) if o.image_reweight else torch.ones_like(dt)
+        bound = self.image_clip if o.image_trust == "clip" else o.image_kl_bound
+        return objective.image_objective(
+            log_ratio.view(micro.shape), micro.advantage, divergence, weight, o.image_trust, bound
+        )
 
     @torch.no_grad()
     def _stats(
         self,
         micro: MicroBatch,
         output: PolicyOutput,
+        reference: PolicyOutput | None,
         text: objective.Surrogate,
         image: objective.Surrogate,
-        mse: Tensor,
-        log_ratio: Tensor,
+        divergence: Tensor,
     ) -> dict[str, float]:
         token = micro.weight[micro.token_owner]
-        step = micro.weight[:, None].expand_as(image.ratio)
-        drift = (output.velocity - micro.v_old).abs().flatten(1).mean(1).view(micro.chains, micro.window).mean(1)
+        step = micro.weight[:, None].expand(micro.shape)
+
+        def over_chains(values: Tensor) -> float:
+            return (values.view(micro.shape).mean(1) * micro.weight).sum().item()
+
+        drift = (output.velocity - micro.v_old).abs().flatten(1).mean(1)
+        mse = objective.velocity_mse(output.velocity, reference.velocity) if reference else torch.zeros_like(drift)
         return {
             "count/chain": micro.weight.sum().item(),
             "count/token": token.sum().item(),
@@ -216,10 +265,11 @@ class Updater:
             "sum/text/logprob_diff": ((output.logprobs - micro.behaviour).abs() * token).sum().item(),
             "sum/text/entropy": (output.entropy * token).sum().item(),
             "sum/image/ratio": (image.ratio * step).sum().item(),
-            "sum/image/log_ratio_abs": (log_ratio.abs() * step).sum().item(),
+            "sum/image/log_ratio_abs": (image.log_ratio.abs() * step).sum().item(),
             "sum/image/clipped": (image.clipped * step).sum().item(),
-            "sum/image/velocity_mse": (mse * micro.weight).sum().item(),
-            "sum/image/velocity_diff": (drift * micro.weight).sum().item(),
+            "sum/image/kl_old": over_chains(divergence),
+            "sum/image/velocity_mse": over_chains(mse),
+            "sum/image/velocity_diff": over_chains(drift),
         }
 
 
@@ -244,6 +294,7 @@ def metrics_of(sums: dict[str, float]) -> dict[str, float]:
         "image/ratio_mean": mean("sum/image/ratio", windows, 1.0),
         "image/log_ratio_abs": mean("sum/image/log_ratio_abs", windows),
         "image/clip_fraction": mean("sum/image/clipped", windows),
+        "image/kl_old": mean("sum/image/kl_old", chains),
         "image/velocity_mse": mean("sum/image/velocity_mse", chains),
         "image/velocity_diff_rollout": mean("sum/image/velocity_diff", chains),
         "grad_norm/reasoning": mean("sum/grad_norm/reasoning", steps),

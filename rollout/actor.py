@@ -39,10 +39,15 @@ class RolloutReplica:
         self.checkpoint.policy.eval()
         sampling = config.sampling
         self.denoiser = Denoiser(
-            self.checkpoint, config.model.height, config.model.width, sampling.shift, sampling.noise_level
+            self.checkpoint,
+            config.model.height,
+            config.model.width,
+            sampling.shift,
+            sampling.noise_level,
+            sampling.sampler,
         )
         self.system = system_prompt(config.model.system_prompt)
-        self.reasoner = self._start_reasoner()
+        self.reasoner = self._start_reasoner() if sampling.think else None
         self.version = -1
 
     def _start_reasoner(self) -> Reasoner:
@@ -83,8 +88,9 @@ class RolloutReplica:
         weights = unpack(manifest, buffer)
         policy = self.checkpoint.policy
         policy.load_state_dict(weights, strict=False)
-        self.reasoner.load_weights(policy.reasoning_weights())
-        self._probe(manifest.version)
+        if self.reasoner is not None:
+            self.reasoner.load_weights(policy.reasoning_weights())
+            self._probe(self.reasoner, manifest.version)
         held = checksum_of(policy.state_dict(), manifest)
         if held != manifest.checksum:
             raise RuntimeError(
@@ -94,10 +100,10 @@ class RolloutReplica:
         return held
 
     @torch.no_grad()
-    def _probe(self, version: int) -> None:
+    def _probe(self, reasoner: Reasoner, version: int) -> None:
         ids = np.random.default_rng(0).integers(0, self.checkpoint.policy.vocab_size, PROBE_LENGTH).tolist()
         expected = self.checkpoint.policy.token_logprobs([ids])[0]
-        difference = float((torch.tensor(self.reasoner.probe(ids)) - expected.cpu()).abs().max())
+        difference = float((torch.tensor(reasoner.probe(ids)) - expected.cpu()).abs().max())
         if not difference <= PROBE_TOLERANCE[self.dtype]:
             raise RuntimeError(
                 f"weights version {version}: vLLM's log-probs differ by {difference:.2g} from the published weights'; "
@@ -107,15 +113,11 @@ class RolloutReplica:
     def generate(self, requests: list[RolloutRequest]) -> tuple[RolloutStats | Group, ...]:
         """Statistics, then one Group per request, in order."""
         chat, version = self.checkpoint.chat, self.version
-        prompts = [chat.prompt_ids(request.prompt.text, self.system) for request in requests]
+        think = self.config.sampling.think
+        prompts = [chat.prompt_ids(request.prompt.text, self.system, think) for request in requests]
         flat = [(prompts[i], seed, request) for i, request in enumerate(requests) for seed in request.seeds]
         started = time.monotonic()
-        completions = self.reasoner.generate(
-            [ids for ids, _, _ in flat],
-            [seed for _, seed, _ in flat],
-            max_tokens=self.config.sampling.max_tokens,
-            temperature=self.config.sampling.temperature,
-        )
+        completions = self._reason([ids for ids, _, _ in flat], [seed for _, seed, _ in flat])
         reasoned = time.monotonic()
         drawings = self.denoiser.draw(
             [chat.context_ids(ids, c.ids) for (ids, _, _), c in zip(flat, completions, strict=True)],
@@ -123,6 +125,7 @@ class RolloutReplica:
             [request.window for _, _, request in flat],
             requests[0].points,
             self._guidance([request for _, _, request in flat]),
+            starts=[request.start for _, _, request in flat],
         )
         chains = [
             self._chain(ids, completion, drawing, seed, version)
@@ -142,10 +145,16 @@ class RolloutReplica:
             return None
         return self.checkpoint.guidance([request.prompt.text for request in requests], self.system, cfg)
 
+    def _reason(self, prompts: list[list[int]], seeds: list[int]) -> list[Completion]:
+        if self.reasoner is None:
+            return [Completion([], [], True) for _ in prompts]
+        sampling = self.config.sampling
+        return self.reasoner.generate(prompts, seeds, max_tokens=sampling.max_tokens, temperature=sampling.temperature)
+
     def _chain(self, prompt: list[int], completion: Completion, drawing: Drawing, seed: int, version: int) -> Chain:
         text = TextSegment(
-            np.array(prompt),
-            np.array(completion.ids),
+            np.array(prompt, np.int64),
+            np.array(completion.ids, np.int64),
             np.array(completion.logprobs, np.float32),
             completion.finished,
             self.checkpoint.chat.decode(completion.ids),

@@ -28,10 +28,18 @@ class Drawing:
 class Denoiser:
     """Draws images for contexts of different lengths in one batch."""
 
-    def __init__(self, opened: OpenPolicy, height: int, width: int, shift: float, noise_level: float) -> None:
+    def __init__(
+        self,
+        opened: OpenPolicy,
+        height: int,
+        width: int,
+        shift: float,
+        noise_level: float,
+        sampler: str = "flow_sde",
+    ) -> None:
         self.opened, self.policy = opened, opened.policy
         self.grid = opened.grid(height, width)
-        self.shift, self.noise_level = shift, noise_level
+        self.shift, self.noise_level, self.sampler = shift, noise_level, flow.SAMPLERS[sampler]
 
     @torch.no_grad()
     def draw(
@@ -41,11 +49,16 @@ class Denoiser:
         windows: list[tuple[int, int] | None],
         points: int,
         guidance: Guidance | None = None,
+        starts: list[int | None] | None = None,
     ) -> list[Drawing]:
-        """One image per context. seeds: the chain's own noise; windows: (first step, steps) of SDE or None."""
+        """One image per context. seeds: the chain's own noise; windows: (first step, steps) of SDE or None; starts:
+        seed of the initial noise where it is not the chain's own."""
         device, count = self.policy.device, len(contexts)
         size = max((window[1] for window in windows if window), default=0)
         noise = self._noise(seeds, size).to(device)
+        for row, start in enumerate(starts or ()):
+            if start is not None:
+                noise[row, 0] = self._noise([start], 0)[0, 0]
         first = torch.tensor([window[0] if window else points for window in windows], device=device)
         length = torch.tensor([window[1] if window else 0 for window in windows], device=device)
         times = torch.tensor(flow.timesteps(points, self.shift), device=device)
@@ -57,10 +70,10 @@ class Denoiser:
             v = velocity(x, t.float())
             place = step - first
             inside = (place >= 0) & (place < length)
-            x_next = flow.mean_of(flow.sde_step(t, t_next, 0.0), x, v)
+            x_next = flow.mean_of(flow.euler_step(t, t_next), x, v)
             if inside.any():
                 rows, slot = inside.nonzero()[:, 0], place[inside]
-                move = flow.sde_step(t[rows], t_next[rows], self.noise_level)
+                move = self.sampler.step(t[rows], t_next[rows], self.noise_level)
                 z = noise[rows, slot + 1]
                 x_next[rows] = flow.mean_of(move, x[rows], v[rows]) + move.std[:, None, None] * z
                 kept[:, rows, slot] = torch.stack([x[rows], x_next[rows], v[rows]])

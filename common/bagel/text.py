@@ -62,16 +62,17 @@ class ChatTokenizer:
         """One chunk of the chat; an empty text is none."""
         return [self.start, *self.encode(text), self.end] if text else []
 
-    def prompt_ids(self, prompt: str, system: str = "") -> list[int]:
+    def prompt_ids(self, prompt: str, system: str = "", think: bool = True) -> list[int]:
         """What the reasoning is sampled from: the wrapped system prompt (if any) and prompt, and the opening of the
-        answer's chunk."""
-        return [*self.wrap(system), *self.wrap(prompt), self.start]
+        answer's chunk. Without reasoning that opening is left out: what the image is conditioned on."""
+        return [*self.wrap(system), *self.wrap(prompt), *([self.start] if think else [])]
 
     def cfg_ids(self, prompt: str, system: str = "") -> tuple[list[int], list[int]]:
         """The contexts that guidance leaves something out of: the prompt (possibly nothing is left), the reasoning."""
         return self.wrap(system), [*self.wrap(system), *self.wrap(prompt)]
 
     def context_ids(self, prompt_ids: list[int], response_ids: list[int]) -> list[int]:
-        """What the image is conditioned on: the sampled ids themselves, closed if the sample was cut short."""
-        closing = [] if response_ids[-1:] == [self.end] else [self.end]
+        """What the image is conditioned on: the sampled ids themselves, closed if the sample was cut short; the prompt
+        alone if there are none."""
+        closing = [self.end] if response_ids and response_ids[-1] != self.end else []
         return [*prompt_ids, *response_ids, *closing]

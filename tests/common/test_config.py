@@ -71,6 +71,26 @@ def test_unknown_keys_are_named_with_the_closest_known_one(data: dict[str, Any],
             {"objective": {"text_weight": 0, "image_weight": 0}},
             ["objective.text_weight and objective.image_weight are both 0", "nothing would be trained"],
         ),
+        (
+            {"sampling": {"think": False}},
+            ["sampling.think is false but objective.text_weight is 1", "text_kl is 0", "set both to 0"],
+        ),
+        (
+            {"sampling": {"noise_level": 0}},
+            ["sampling.noise_level is 0 but objective.image_weight is 1", "raise the noise"],
+        ),
+        (
+            {"sampling": {"sampler": "flow_cps", "points": 6, "window_range": [1, 5]}},
+            ["window_range ends at step 5, the last one", "flow_cps adds no noise", "end it earlier"],
+        ),
+        (
+            {"sampling": {"sampler": "flow_cps", "noise_level": 1.5}},
+            ["sampling.noise_level is 1.5", "flow_cps knows levels from 0 to 1"],
+        ),
+        (
+            {"objective": {"epochs": 2}, "max_staleness": 1},
+            ["objective.epochs is 2 but max_staleness is 1", "old means of stale chains", "max_staleness to 0"],
+        ),
     ],
 )
 def test_arithmetic_that_does_not_work_out(data: dict[str, Any], words: list[str]) -> None:
@@ -151,7 +171,7 @@ def test_yaml_round_trip() -> None:
         "run_name": "round-trip",
         "seed": 7,
         "sampling": {"window_range": [1, 6], "points": 25, "noise_level": 0.8},
-        "objective": {"image_clip": 1e-6, "velocity_mse": 1.5e-5},
+        "objective": {"image_clip": 1e-6, "regulariser_weight": 1.5e-6},
         "rewards": [{"name": "shapes", "weight": 0.5, "options": {"a": [1, "x"]}}, {"name": "clip_score"}],
         "recording": {"trackers": ["tensorboard", "wandb"]},
         "max_staleness": 1,
@@ -159,7 +179,7 @@ def test_yaml_round_trip() -> None:
     config = validate(data)
     again = validate(yaml.safe_load(to_yaml(config)))
     assert again == config
-    assert again.objective.velocity_mse == 1.5e-5
+    assert again.objective.regulariser_weight == 1.5e-6
     assert validate(yaml.safe_load(to_yaml(TrainConfig()))) == TrainConfig()
 
 

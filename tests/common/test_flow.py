@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import flow
-from common.window import sample_window
+from common.window import sample_window, sliding_window
 
 LEVELS = ("0.8", "0.7")
 
@@ -94,12 +94,72 @@ def test_log_prob_is_the_gaussian_density_averaged_over_dimensions() -> None:
 
 def test_no_noise_is_the_euler_step() -> None:
     s = steps()
-    move = flow.sde_step(s["sigmas"][7].expand(2), s["sigmas"][8].expand(2), 0.0)
-    assert move.std.tolist() == [0.0, 0.0]
+    move = flow.euler_step(s["sigmas"][7].expand(2), s["sigmas"][8].expand(2))
     close(flow.mean_of(move, s["x"][7], s["v"][7]), s["ode7_prev"])
-    every = flow.sde_step(s["sigmas"][:-1], s["sigmas"][1:], 0.0)
-    assert every.keep.tolist() == [1.0] * len(every.keep)
-    close(every.drive, s["sigmas"].diff(), atol=1e-7, rtol=0)
+    for sampler in flow.SAMPLERS.values():
+        every = sampler.step(s["sigmas"][:-1], s["sigmas"][1:], 0.0)
+        assert every.std.tolist() == [0.0] * len(every.std)
+        close(every.keep, torch.ones_like(every.keep), atol=1e-7, rtol=0)
+        close(every.drive, s["sigmas"].diff(), atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_flow_cps_of_every_step(level: str) -> None:
+    """The last step, to t = 0, has no noise left."""
+    s, cps = steps(), flow.SAMPLERS["flow_cps"]
+    move = cps.step(s["sigmas"][:-1], s["sigmas"][1:], float(level))
+    close(move.std, s[f"cps_{level}_std"])
+    for step in range(len(s["x"])):
+        one = cps.step(s["sigmas"][step].expand(2), s["sigmas"][step + 1].expand(2), float(level))
+        mean, new = (flow.mean_of(one, s["x"][step], s[v][step]) for v in ("v", "v_new"))
+        sample = s[f"cps_{level}_prev"][step]
+        close(mean, s[f"cps_{level}_mean"][step])
+        close(mean + one.std[:, None, None] * s["noise"][step], sample)
+        close(new, s[f"cps_{level}_new_mean"][step])
+        found = cps.log_prob(sample, s[f"cps_{level}_mean"][step], one.std)
+        close(found, s[f"cps_{level}_logp"][step])
+        close(found[0], s[f"cps_{level}_bagel_logp"][step])
+        close(cps.log_prob(sample, s[f"cps_{level}_new_mean"][step], one.std), s[f"cps_{level}_new_logp"][step])
+    close((-s["sigmas"].diff()).sqrt(), s[f"cps_{level}_sqrt_dt"])
+
+
+def test_dance_is_an_sde_of_constant_noise() -> None:
+    """Its authors' form: mu = x + v dt - (eta^2 / 2) score dt with score = -(x - (1 - t) x_0) / t^2."""
+    s, eta = {name: array.double() for name, array in steps().items()}, 0.3
+    for step in range(len(s["x"])):
+        t, t_next, x, v = s["sigmas"][step], s["sigmas"][step + 1], s["x"][step], s["v"][step]
+        dt = t_next - t
+        score = -(x - (1 - t) * (x - t * v)) / t**2
+        move = flow.SAMPLERS["dance"].step(t.expand(2), t_next.expand(2), eta)
+        close(flow.mean_of(move, x, v), x + v * dt - eta**2 / 2 * score * dt)
+        close(move.std, (eta * (-dt).sqrt()).expand(2), atol=1e-7)
+
+
+@given(
+    name=st.sampled_from(sorted(flow.SAMPLERS)),
+    t=st.floats(0.05, 0.99),
+    part=st.floats(0.05, 0.95),
+    level=st.floats(0.05, 0.95),
+    seed=st.integers(0, 2**32),
+)
+@settings(max_examples=150, deadline=None)
+def test_the_closed_form_of_ratio_norm_holds_for_every_sampler(
+    name: str, t: float, part: float, level: float, seed: int
+) -> None:
+    """With x' = mu_old + s z: s (log r + ||dmu||^2 / (2 s^2)) = -mean(z (mu_old - mu)); both are 0 at equality."""
+    now, later = torch.tensor([t], dtype=torch.float64), torch.tensor([t * part], dtype=torch.float64)
+    move = flow.SAMPLERS[name].step(now, later, level)
+    move = flow.StepCoefficients(move.keep.double(), move.drive.double(), move.std.double())
+    x, old, new, z = torch.randn(4, 1, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    mean_old, mean = flow.mean_of(move, x, old), flow.mean_of(move, x, new)
+    sample, scale = mean_old + move.std * z, move.std
+    bias = flow.gaussian_kl(new, old, move)
+    close(bias, ((mean_old - mean) ** 2).mean((1, 2)) / (2 * scale**2), atol=1e-9, rtol=1e-6)
+    found = flow.ratio_norm_log(sample, mean_old, mean, scale)
+    close(found, -(z * (mean_old - mean)).mean((1, 2)), atol=1e-9, rtol=1e-6)
+    close(found, scale * (flow.plain_log_ratio(sample, mean_old, mean, scale) + bias), atol=1e-9, rtol=1e-6)
+    assert flow.ratio_norm_log(sample, mean_old, mean_old, scale).tolist() == [0.0]
+    assert flow.gaussian_kl(old, old, move).tolist() == [0.0]
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -156,9 +216,16 @@ def test_ratios_of_equal_policies_are_exactly_one() -> None:
 
 
 def test_image_clip_scales_with_the_latent_size() -> None:
-    assert flow.scaled_image_clip(64 * 64 * 64) == 1e-6
-    assert flow.scaled_image_clip(262_144 // 100 * 25) == pytest.approx(2e-6, rel=1e-4)
-    assert flow.scaled_image_clip(4 * 4 * 16) == pytest.approx(3.2e-5)
+    assert flow.image_clip("scaled", 64 * 64 * 64) == 1e-6
+    assert flow.image_clip("scaled", 262_144 // 100 * 25) == pytest.approx(2e-6, rel=1e-4)
+    assert flow.image_clip("scaled", 4 * 4 * 16) == pytest.approx(3.2e-5)
+    assert flow.image_clip(3e-4, 4 * 4 * 16) == 3e-4
+
+
+@pytest.mark.parametrize(("setting", "size"), [(1e-7, 512), ("scaled", 10**8)])
+def test_a_clip_below_the_resolution_of_fp32_is_refused(setting: float | str, size: int) -> None:
+    with pytest.raises(ValueError, match=rf"image_clip is {setting}.* latent of {size} numbers .* give a larger one"):
+        flow.image_clip(setting, size)
 
 
 @given(seed=st.integers(0, 2**63), size=st.integers(1, 6), low=st.integers(0, 6), room=st.integers(0, 6))
@@ -182,3 +249,11 @@ def test_both_ends_of_the_window_are_reached_equally_often() -> None:
 def test_a_window_beyond_the_schedule() -> None:
     with pytest.raises(ValueError, match=r"SDE window 2\.\.5 lies outside the 4 steps"):
         sample_window(0, 3, (2, 5), 4)
+
+
+@given(size=st.integers(1, 6), low=st.integers(0, 6), room=st.integers(0, 6), moves=st.integers(0, 30))
+@settings(max_examples=100, deadline=None)
+def test_a_sliding_window_moves_through_its_range_and_stays(size: int, low: int, room: int, moves: int) -> None:
+    span = (low, low + size + room)
+    assert sliding_window(0, size, span) == (low, size)
+    assert sliding_window(moves, size, span) == (low + min(moves, room), size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -153,7 +154,7 @@ def test_first_update_has_ratio_one_and_distance_zero(
     epochs: int,
     image_grad_to_reasoning: bool,
 ) -> None:
-    config = train_config(epochs=epochs, image_grad_to_reasoning=image_grad_to_reasoning, velocity_mse=1.5e-5)
+    config = train_config(epochs=epochs, image_grad_to_reasoning=image_grad_to_reasoning, regulariser_weight=1.5e-5)
     updater = Watched(policy, config, reference=True, lr=1e-3)
     micro = [
         micro_batch(golden_checkpoint, chains[:4], ADVANTAGES[:4]),
@@ -185,7 +186,7 @@ def test_first_gradient_is_that_of_reinforce(
 ) -> None:
     wanted = reinforce(policy, golden_checkpoint, chains, ADVANTAGES, image_weight=0.5, text_weight=2.0)
     updater = Watched(
-        policy, train_config(velocity_mse=0.0, image_weight=0.5, text_weight=2.0), lr=0.0, zero_stage=zero_stage
+        policy, train_config(regulariser="none", image_weight=0.5, text_weight=2.0), lr=0.0, zero_stage=zero_stage
     )
     sums = updater.run([[micro_batch(golden_checkpoint, chains, ADVANTAGES)]], [COUNT])
     same_gradients(updater.gradients[0], wanted)
@@ -198,7 +199,7 @@ def test_micro_batches_add_up_to_the_same_gradient(
     golden_checkpoint: Checkpoint, chains: list[Chain], policy: BagelPolicy
 ) -> None:
     wanted = reinforce(policy, golden_checkpoint, chains, ADVANTAGES)
-    updater = Watched(policy, train_config(velocity_mse=0.0), lr=0.0)
+    updater = Watched(policy, train_config(regulariser="none"), lr=0.0)
     cut = [slice(0, 1), slice(1, 4), slice(4, 6)]
     updater.run([[micro_batch(golden_checkpoint, chains[part], ADVANTAGES[part]) for part in cut]], [COUNT])
     same_gradients(updater.gradients[0], wanted)
@@ -206,7 +207,7 @@ def test_micro_batches_add_up_to_the_same_gradient(
 
 def test_a_filler_adds_nothing(golden_checkpoint: Checkpoint, chains: list[Chain], policy: BagelPolicy) -> None:
     wanted = reinforce(policy, golden_checkpoint, chains[:3], ADVANTAGES[:3])
-    updater = Watched(policy, train_config(velocity_mse=0.0), lr=0.0)
+    updater = Watched(policy, train_config(regulariser="none"), lr=0.0)
     filler = lay_out(chains[5:], [5.0], [0.0], golden_checkpoint, 0, "cpu")
     sums = updater.run([[micro_batch(golden_checkpoint, chains[:3], ADVANTAGES[:3]), filler]], [3])
     same_gradients(updater.gradients[0], wanted)
@@ -236,7 +237,7 @@ def test_regulariser_pulls_towards_the_reference_under_its_own_context(
     trained = {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
     policy.zero_grad()
 
-    updater = Watched(policy, train_config(velocity_mse=0.5, image_grad_to_reasoning=True), lr=0.0)
+    updater = Watched(policy, train_config(regulariser_weight=0.5, image_grad_to_reasoning=True), lr=0.0)
     updater.reference = reference
     sums = updater.run([[micro_batch(golden_checkpoint, chains[:2], [0.0, 0.0], version=1)]], [2])
     close(sums["sum/image/velocity_mse"] / 2, torch.stack(wanted_mse).mean(), rtol=1e-3)
@@ -258,7 +259,7 @@ def test_stale_chains_keep_what_their_behaviour_policy_recorded(
             for part, start, c in zip(policy.token_logprobs(texts), starts, chains, strict=True)
         ]
     wanted = sum((n - torch.tensor(c.text.logprobs)).exp().sum().item() for n, c in zip(new, chains, strict=True))
-    updater = Watched(policy, train_config(velocity_mse=0.0), lr=0.0)
+    updater = Watched(policy, train_config(regulariser="none"), lr=0.0)
     updater.run([[micro_batch(golden_checkpoint, chains, ADVANTAGES, version=1)]], [COUNT])
     stats = updater.losses[0]
     close(stats["sum/text/ratio"], wanted, rtol=1e-4)
@@ -273,7 +274,7 @@ def test_plain_ratio_weighs_a_step_by_its_inverse_std(
     gradients = []
     for ratio_norm in (True, False):
         copied = copy.deepcopy(policy)
-        updater = Watched(copied, train_config(ratio_norm=ratio_norm, velocity_mse=0.0, text_weight=0.0), lr=0.0)
+        updater = Watched(copied, train_config(ratio_norm=ratio_norm, regulariser="none", text_weight=0.0), lr=0.0)
         one = copy.deepcopy(chains[0])
         image = one.image
         for name in ("x_t", "x_next", "v_old", "t", "t_next"):
@@ -284,6 +285,92 @@ def test_plain_ratio_weighs_a_step_by_its_inverse_std(
         std = flow.sde_step(torch.tensor(image.t), torch.tensor(image.t_next), 0.7).std.item()
     scale = gradients[0].abs().max().item()
     close(gradients[1] * std, gradients[0], atol=1e-3 * scale, rtol=1e-3)
+
+
+def without_reasoning(chains: list[Chain]) -> list[Chain]:
+    return [
+        Chain((replace(chain.text, ids=chain.text.ids[:0], logprobs=chain.text.logprobs[:0]), chain.image), chain.seed)
+        for chain in chains
+    ]
+
+
+def test_chains_without_reasoning_train_the_image_half(
+    golden_checkpoint: Checkpoint, chains: list[Chain], policy: BagelPolicy
+) -> None:
+    """Alone, and beside chains that reasoned: no token is scored, and the text metrics stay neutral."""
+    bare = without_reasoning(chains)
+    updater = Watched(policy, train_config(text_weight=0.0), reference=True, lr=0.0)
+    sums = updater.run([[micro_batch(golden_checkpoint, bare, ADVANTAGES, version=1)]], [COUNT])
+    assert sums["count/token"] == 0
+    assert metrics_of(sums)["text/ratio_mean"] == 1.0
+    assert updater.gradients[0]["llm2vae.weight"].abs().max() > 0
+    assert not updater.gradients[0]["language_model.lm_head.weight"].any()
+    mixed = updater.run([[micro_batch(golden_checkpoint, [*bare[:3], *chains[3:]], ADVANTAGES)]], [COUNT])
+    assert mixed["count/token"] == sum(len(chain.text.ids) for chain in chains[3:])
+
+
+@pytest.mark.parametrize("aggregation", ["chain_mean", "token_mean", "constant_length"])
+def test_truncated_reasoning_is_left_out_whatever_the_aggregation(
+    golden_checkpoint: Checkpoint, chains: list[Chain], policy: BagelPolicy, aggregation: str
+) -> None:
+    """Its text gets no gradient and no share of the token count, in one micro-batch or in several."""
+    cut = [replace_text(chain, finished=i not in (1, 4)) for i, chain in enumerate(chains)]
+    lengths = [len(chain.text.ids) for chain in chains]
+    kept = [i for i in range(COUNT) if i not in (1, 4)]
+    divisor = {
+        "chain_mean": lambda i: lengths[i],
+        "token_mean": lambda i: sum(lengths[k] for k in kept) / COUNT,
+        "constant_length": lambda i: TrainConfig().sampling.max_tokens,
+    }[aggregation]
+    for i in kept:
+        text = golden_checkpoint.chat.context_ids(chains[i].text.prompt_ids.tolist(), chains[i].text.ids.tolist())
+        first = len(chains[i].text.prompt_ids) - 1
+        logp = policy.token_logprobs([text])[0][first:][: lengths[i]].sum() / divisor(i)
+        (-ADVANTAGES[i] * logp / COUNT).backward()
+    wanted = {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None and p.grad.any()}
+    policy.zero_grad()
+    config = train_config(text_aggregation=aggregation, mask_truncated=True, image_weight=0.0, regulariser="none")
+    updater = Watched(policy, config, lr=0.0)
+    parts = [slice(0, 2), slice(2, 6)]
+    updater.run([[micro_batch(golden_checkpoint, cut[part], ADVANTAGES[part]) for part in parts]], [COUNT])
+    same_gradients({name: updater.gradients[0][name] for name in wanted}, wanted)
+
+
+def replace_text(chain: Chain, **changes: object) -> Chain:
+    return Chain((replace(chain.text, **changes), chain.image), chain.seed)  # type: ignore[arg-type]
+
+
+def test_importance_weights_correct_for_the_engine_that_sampled(
+    golden_checkpoint: Checkpoint, chains: list[Chain], policy: BagelPolicy
+) -> None:
+    """Where vLLM's log-probs lie log 1.5 below the learner's, every token counts 1.5 times, and at a cap 1.2 times."""
+    shifted = [replace_text(chain, logprobs=chain.text.logprobs - math.log(1.5)) for chain in chains]
+    gradients = []
+    for cap in (0.0, 2.0, 1.2):
+        config = train_config(text_importance_cap=cap, image_weight=0.0, regulariser="none")
+        updater = Watched(copy.deepcopy(policy), config, lr=0.0)
+        updater.run([[micro_batch(golden_checkpoint, shifted, ADVANTAGES)]], [COUNT])
+        gradients.append(updater.gradients[0]["language_model.lm_head.weight"])
+    scale = gradients[0].abs().max().item()
+    close(gradients[1], 1.5 * gradients[0], atol=1e-4 * scale, rtol=1e-3)
+    close(gradients[2], 1.2 * gradients[0], atol=1e-4 * scale, rtol=1e-3)
+
+
+@pytest.mark.parametrize("regulariser", ["velocity_mse", "latent_kl"])
+def test_the_regulariser_pulls_once_the_policy_has_moved(
+    golden_checkpoint: Checkpoint, chains: list[Chain], policy: BagelPolicy, regulariser: str
+) -> None:
+    """Its gradient is exactly zero at the reference and not zero after a step; every advantage here is zero."""
+    updater = Watched(policy, train_config(regulariser=regulariser, regulariser_weight=1.0), reference=True, lr=0.0)
+    micro = micro_batch(golden_checkpoint, chains, [0.0] * COUNT)
+    updater.run([[micro]], [COUNT])
+    assert all(not gradient.any() for gradient in updater.gradients[0].values())
+    with torch.no_grad():
+        for _, parameter in policy.parameter_groups()["denoising"]:
+            parameter.mul_(1.05)
+    updater.run([[micro]], [COUNT])
+    moved = updater.gradients[1]
+    assert all(moved[name].any() for name, _ in policy.parameter_groups()["denoising"])
 
 
 # --- what must not change the weights -------------------------------------------------------------------------------
@@ -336,7 +423,7 @@ def test_flat_groups_and_unscored_chains_leave_no_trace(
     wanted = reinforce(
         policy, golden_checkpoint, [chains[0], chains[2]], group_advantages(rewards).values[0, [0, 2]].tolist()
     )
-    updater = Watched(policy, train_config(velocity_mse=0.0), lr=0.0)
+    updater = Watched(policy, train_config(regulariser="none"), lr=0.0)
     batches, total = minibatches_of(golden_checkpoint, chains, rewards)
     assert total == [2]
     sums = updater.run(batches, total)
@@ -348,7 +435,7 @@ def test_flat_groups_and_unscored_chains_leave_no_trace(
 def test_a_gradient_that_is_not_finite_leaves_the_weights_untouched(
     golden_checkpoint: Checkpoint, chains: list[Chain], policy: BagelPolicy, value: float
 ) -> None:
-    updater = Watched(policy, train_config(velocity_mse=0.0), lr=1e-3)
+    updater = Watched(policy, train_config(regulariser="none"), lr=1e-3)
     before = snapshot(policy)
     broken = copy.deepcopy(chains[:2])
     broken[1].image.x_t[0, 0, 0] = value
@@ -363,7 +450,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_untouched(
     sums = updater.run([[good]], [COUNT])
     assert sums["count/step"] == 1
     fresh = store.load(CHECKPOINT).policy
-    other = Watched(fresh, train_config(velocity_mse=0.0), lr=1e-3)
+    other = Watched(fresh, train_config(regulariser="none"), lr=1e-3)
     other.run([[good]], [COUNT])
     for name, gradient in other.gradients[0].items():
         assert torch.equal(gradient, updater.gradients[1][name]), name
@@ -387,7 +474,7 @@ def test_a_positive_advantage_makes_the_chain_likelier(
             return logp, (move.std * flow.step_log_prob(torch.tensor(image.x_next), mean, move.std)).mean().item()
 
     before = [score(chain) for chain in chains[:2]]
-    updater = Watched(policy, train_config(velocity_mse=0.0), lr=2e-5)
+    updater = Watched(policy, train_config(regulariser="none"), lr=2e-5)
     updater.run([[micro_batch(golden_checkpoint, chains[:2], [1.0, -1.0])]], [2])
     after = [score(chain) for chain in chains[:2]]
     assert all(new > old for new, old in zip(after[0], before[0], strict=True))
@@ -404,7 +491,7 @@ def test_one_half_alone(
     untouched: str | None,
 ) -> None:
     config = train_config(
-        text_weight=text_weight, image_weight=image_weight, velocity_mse=0.0, image_grad_to_reasoning=False
+        text_weight=text_weight, image_weight=image_weight, regulariser="none", image_grad_to_reasoning=False
     )
     updater = Watched(policy, config, lr=1e-3)
     before = snapshot(policy)

@@ -1,0 +1,87 @@
+"""What a configuration may not ask for together: each message names the fields, their values and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from common.config import TrainConfig
+
+
+def contradictions(config: TrainConfig) -> Iterator[str]:
+    """Every contradiction, in the order in which they should be mended."""
+    for check in (_window, _noise, _batch, _replicas, _rewards, _objective):
+        yield from check(config)
+
+
+def _window(config: TrainConfig) -> Iterator[str]:
+    s, (low, high) = config.sampling, config.sampling.window_range
+    if not 0 <= low < high:
+        yield f"sampling.window_range is [{low}, {high}]; give 0 <= low < high"
+    if s.window_size > high - low:
+        yield (
+            f"sampling.window_size is {s.window_size} but window_range [{low}, {high}] holds {high - low} steps; "
+            "make the window smaller or the range wider"
+        )
+    if high > s.points - 1:
+        yield (
+            f"sampling.window_range ends at step {high} but {s.points} points are {s.points - 1} steps; "
+            "lower the range or raise sampling.points"
+        )
+    if s.sampler == "flow_cps" and high == s.points - 1:
+        yield f"sampling.window_range ends at step {high}, the last one, where flow_cps adds no noise; end it earlier"
+
+
+def _noise(config: TrainConfig) -> Iterator[str]:
+    s, o = config.sampling, config.objective
+    if s.points == 2 and s.noise_level > 0:
+        yield "sampling.points is 2: a single step leaves nothing to explore; raise it"
+    if s.noise_level == 0 and o.image_weight:
+        yield (
+            f"sampling.noise_level is 0 but objective.image_weight is {o.image_weight:g}; without noise there is no "
+            "ratio to train on: raise the noise or set the weight to 0"
+        )
+    if s.sampler == "flow_cps" and s.noise_level > 1:
+        yield f"sampling.noise_level is {s.noise_level:g}; flow_cps knows levels from 0 to 1"
+
+
+def _batch(config: TrainConfig) -> Iterator[str]:
+    prompts, ranks, parts = config.data.prompts_per_step, config.learner.ranks, config.objective.minibatches
+    if prompts % (ranks * parts):
+        yield (
+            f"data.prompts_per_step is {prompts}, which {ranks} learner ranks x {parts} minibatches do not divide; "
+            f"use a multiple of {ranks * parts}"
+        )
+
+
+def _replicas(config: TrainConfig) -> Iterator[str]:
+    (fewest, most), replicas = config.replica_bounds, config.rollout.replicas
+    if not fewest <= replicas <= most:
+        yield (
+            f"rollout.replicas is {replicas}, outside min_replicas {fewest} and max_replicas {most}; "
+            "give min_replicas <= replicas <= max_replicas"
+        )
+
+
+def _rewards(config: TrainConfig) -> Iterator[str]:
+    names = [scorer.name for scorer in config.rewards]
+    if len(set(names)) != len(names):
+        yield f"rewards names a scorer twice: {', '.join(names)}; give each one entry"
+
+
+def _objective(config: TrainConfig) -> Iterator[str]:
+    s, o = config.sampling, config.objective
+    if not s.think and (o.text_weight or o.text_kl):
+        yield (
+            f"sampling.think is false but objective.text_weight is {o.text_weight:g} and objective.text_kl is "
+            f"{o.text_kl:g}; there are no tokens to train: set both to 0"
+        )
+    if o.text_weight == 0 and o.image_weight == 0:
+        yield "objective.text_weight and objective.image_weight are both 0; nothing would be trained"
+    if o.epochs > 1 and config.max_staleness:
+        yield (
+            f"objective.epochs is {o.epochs} but max_staleness is {config.max_staleness}; the old means of stale "
+            "chains are the rollout's, not the learner's, and further epochs would clip on the difference: set epochs "
+            "to 1 or max_staleness to 0"
+        )
