@@ -328,6 +328,9 @@ class TrainConfig(Section):
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What to do when a reward, a loss or a gradient is NaN or infinite: stop, or leave the chains or the update out
     and count them; the weights are never touched."""
+    algorithm: Literal["unigrpo", "refl"] = "unigrpo"
+    """What makes an update of scored chains: the clipped objectives, or for the image half ReFL (learner/refl.py),
+    which follows the gradient of the learned scorer of shapes."""
     model: Model = Model()
     data: Data = Data()
     sampling: Sampling = Sampling()

@@ -79,6 +79,11 @@ def _objective(config: TrainConfig) -> Iterator[str]:
         )
     if o.text_weight == 0 and o.image_weight == 0:
         yield "objective.text_weight and objective.image_weight are both 0; nothing would be trained"
+    if config.algorithm == "refl":
+        if o.text_weight:
+            yield f"objective.text_weight is {o.text_weight:g} but algorithm refl leaves the text alone; set it to 0"
+        if "shapes_learned" not in {scorer.name for scorer in config.rewards}:
+            yield "algorithm is refl but rewards has no shapes_learned, whose gradient it follows; add it"
     if o.epochs > 1 and config.max_staleness:
         yield (
             f"objective.epochs is {o.epochs} but max_staleness is {config.max_staleness}; the old means of stale "

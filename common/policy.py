@@ -151,6 +151,10 @@ class OpenPolicy(ABC):
     def decode(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:
         """Latent tokens [M, N, D] -> images uint8 [M, H, W, 3]."""
 
+    def pixels(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Latent tokens [M, N, D] -> images [M, 3, H, W], about [-1, 1], with a gradient; ConfigError without one."""
+        raise ConfigError("algorithm is refl: this kind of model decodes without a gradient; use unigrpo")
+
     @abstractmethod
     def save(self, directory: Path, weights: dict[str, Tensor] | None = None) -> None:
         """Writes a directory that `open_policy` reads; weights, by the policy's names, replace its own."""

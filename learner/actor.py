@@ -21,6 +21,7 @@ from common.types import Group, WeightManifest
 from common.weights import pack
 from learner import checkpoint as run_checkpoint
 from learner.engine import Engine, init_process_group
+from learner.refl import ReFLUpdater
 from learner.update import Updater, lay_out, metrics_of, share_out
 
 
@@ -62,7 +63,8 @@ class LearnerRank:
             weight_decay=config.optimizer.weight_decay,
             grad_clip=config.optimizer.grad_clip,
         )
-        self.updater = Updater(self.engine, self.reference, config, clip, self.ranks)
+        parts = self.engine, self.reference, config, clip, self.ranks
+        self.updater = ReFLUpdater(self.checkpoint, *parts) if config.algorithm == "refl" else Updater(*parts)
         self.version = 0
         self.writer = ThreadPoolExecutor(1, "checkpoint")
         self.writing: Future[None] | None = None
@@ -91,9 +93,9 @@ class LearnerRank:
         """
         o = self.config.objective
         self.advantages = group_advantages(rewards, std=o.advantage_std, clip=o.advantage_clip)
-        self.share = share_out(
-            self.advantages.mask, self.rank, self.ranks, o.minibatches, self.config.learner.chains_per_micro_batch
-        )
+        # ReFL learns from a chain alone; a group whose rewards are equal teaches it as much as any.
+        mask = np.isfinite(rewards) if self.config.algorithm == "refl" else self.advantages.mask
+        self.share = share_out(mask, self.rank, self.ranks, o.minibatches, self.config.learner.chains_per_micro_batch)
         wanted = sorted({b for mini in self.share.pieces for micro in mini for b, _, _ in micro})
         self.groups: dict[int, Group] = dict(zip(wanted, ray.get([refs[b] for b in wanted]), strict=True))
 
@@ -111,6 +113,7 @@ class LearnerRank:
                     self.checkpoint,
                     self.version,
                     self.device,
+                    [groups[b].prompt for b, _, _ in micro],
                 )
                 for micro in mini
             ]

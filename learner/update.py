@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 from common import flow
 from common.config import TrainConfig
 from common.policy import Batch, OpenPolicy, Policy, PolicyOutput
-from common.types import Chain
+from common.types import Chain, Prompt
 from learner import objective
 from learner.engine import Engine
 
@@ -25,7 +25,8 @@ class MicroBatch:
 
     packed: texts and images; advantage [C]; weight [C] 1 or 0 (a chain that only keeps ranks in step); finished [C]
     whether the reasoning ended by itself; token_owner [P] the chain of each token; behaviour [P] the rollout's
-    log-probs; x_next, v_old [M, N, D]; t, t_next [M]; on_policy: made by the very weights that are being updated.
+    log-probs; x_next, v_old [M, N, D]; t, t_next [M]; on_policy: made by the very weights that are being updated;
+    grid: latent tokens (rows, columns) of an image; prompts: what each chain was asked, where the caller says.
     """
 
     packed: Batch
@@ -39,6 +40,8 @@ class MicroBatch:
     t_next: Tensor
     window: int
     on_policy: bool
+    grid: tuple[int, int]
+    prompts: tuple[Prompt, ...]
 
     @property
     def chains(self) -> int:
@@ -59,7 +62,13 @@ class OldPolicy:
 
 
 def lay_out(
-    chains: list[Chain], advantages: list[float], weights: list[float], opened: OpenPolicy, version: int, device: str
+    chains: list[Chain],
+    advantages: list[float],
+    weights: list[float],
+    opened: OpenPolicy,
+    version: int,
+    device: str,
+    prompts: Sequence[Prompt] = (),
 ) -> MicroBatch:
     """Chains -> tensors of one forward."""
     texts, behaviour, owner = [], [], []
@@ -87,6 +96,8 @@ def lay_out(
         stack("t_next"),
         window,
         all(chain.text.version == chain.image.version == version for chain in chains),
+        chains[0].image.grid,
+        tuple(prompts),
     )
 
 

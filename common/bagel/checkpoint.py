@@ -81,7 +81,10 @@ class Checkpoint(OpenPolicy):
         return pack_batch(whole, scored, x_t, t, owner, grid)
 
     def decode(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:
-        return vae_ops.to_uint8(vae_ops.decode(self.vae, self.config, latents, grid))
+        return vae_ops.to_uint8(self.pixels(latents, grid))
+
+    def pixels(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:
+        return vae_ops.decode(self.vae, self.config, latents, grid)
 
     def save(self, directory: Path, weights: dict[str, Tensor] | None = None) -> None:
         save(self, directory, weights)

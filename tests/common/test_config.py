@@ -72,6 +72,14 @@ def test_unknown_keys_are_named_with_the_closest_known_one(data: dict[str, Any],
             ["objective.text_weight and objective.image_weight are both 0", "nothing would be trained"],
         ),
         (
+            {"algorithm": "refl", "rewards": [{"name": "shapes_learned"}]},
+            ["objective.text_weight is 1", "refl leaves the text alone"],
+        ),
+        (
+            {"algorithm": "refl", "objective": {"text_weight": 0}},
+            ["rewards has no shapes_learned", "add it"],
+        ),
+        (
             {"sampling": {"think": False}},
             ["sampling.think is false but objective.text_weight is 1", "text_kl is 0", "set both to 0"],
         ),
