@@ -136,6 +136,28 @@ def scale(
 
 
 @app.command()
+def reproduce(
+    overrides: Overrides = None,
+    rows: Annotated[str, typer.Option(help="Rows, comma-separated; all without.")] = "",
+    seeds: Annotated[str, typer.Option(help="Seeds, comma-separated.")] = "0,1,2",
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of every training stage; the recipes' without.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Cells and figures; the page is OUT.md. docs/reproduction.")] = None,
+) -> None:
+    """Run the paper's rows and ablations, each in several seeds, and write the page that compares them."""
+    from deploy.reproduce import Plan, check_rows, default_out
+    from deploy.reproduce import reproduce as run
+
+    numbers = seeds.split(",")
+    if not all(number.strip().isdigit() for number in numbers):
+        raise ConfigError(f"--seeds is {seeds!r}; give numbers such as 0,1,2")
+    chosen = check_rows([row.strip() for row in rows.split(",") if row.strip()])
+    plan = Plan(chosen, tuple(map(int, numbers)), steps, tuple(overrides or ()), out or default_out())
+    typer.echo(str(run(plan)))
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of the configuration."""
     typer.echo(json.dumps(TrainConfig.model_json_schema(), indent=2))

@@ -1,0 +1,232 @@
+"""The page of `unigrpo reproduce`: tables and figures from the stored cells, whichever there are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from common.rundir import replacing
+from deploy.reproduce import ROWS, TASKS, Cell
+
+RESAMPLES = 4000
+MAIN = ("refl-think", "flowgrpo-think", "textgrpo", "unigrpo")
+LEARNED = ("learned-none", "learned-latent-kl", "learned-velocity-mse")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds with its 95 % bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{100 * self.mean:.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+
+
+@dataclass(frozen=True)
+class Score:
+    """A row's numbers: overall (mean of task accuracies), ta, strict by task; cells behind them."""
+
+    overall: Estimate
+    ta: Estimate
+    tasks: Mapping[str, Estimate]
+    cells: Sequence[Cell]
+
+
+def score(cells: Sequence[Cell], seed: int = 0) -> Score:
+    """Numbers of one row. Resamples draw seeds and, within each task, prompts (the same for all seeds).
+
+    ValueError if the cells were evaluated on different prompts.
+    """
+    results = [cell["result"] for cell in cells]
+    tags = np.array(results[0]["tags"])
+    if any(result["tags"] != results[0]["tags"] for result in results):
+        raise ValueError(f"the cells of row {cells[0]['row']} were evaluated on different prompts; remove the odd one")
+    rng = np.random.default_rng(seed)
+    drawn_seeds = rng.multinomial(len(cells), [1 / len(cells)] * len(cells), RESAMPLES)
+    by_task: dict[str, NDArray[np.float64]] = {}
+    totals = np.zeros((2, RESAMPLES + 1))
+    for task in dict.fromkeys(tags.tolist()):
+        columns = {
+            name: np.array([result[name] for result in results], np.float64)[:, tags == task]
+            for name in ("images", "strict", "ta", "ta_images")
+        }
+        prompts = columns["images"].shape[1]
+        drawn = rng.multinomial(prompts, [1 / prompts] * prompts, RESAMPLES)
+        # First the sample itself, then the resamples.
+        seeds, weights = np.vstack([np.ones(len(cells)), drawn_seeds]), np.vstack([np.ones(prompts), drawn])
+        sums = {name: np.einsum("rs,sp,rp->r", seeds, column, weights) for name, column in columns.items()}
+        by_task[task] = sums["strict"] / sums["images"]
+        totals += sums["ta"], sums["ta_images"]
+    tasks = {task: _estimate(values) for task, values in by_task.items()}
+    return Score(_estimate(np.mean(list(by_task.values()), 0)), _estimate(totals[0] / totals[1]), tasks, cells)
+
+
+def _estimate(values: NDArray[np.float64]) -> Estimate:
+    low, high = np.percentile(values[1:], [2.5, 97.5])
+    return Estimate(float(values[0]), float(low), float(high))
+
+
+def read_cells(out: Path) -> dict[str, list[Cell]]:
+    """Stored cells by row, in the order of ROWS, seeds ascending."""
+    cells = [json.loads(path.read_bytes()) for path in sorted((out / "cells").glob("*.json"))]
+    found = {row: sorted((c for c in cells if c["row"] == row), key=lambda c: c["seed"]) for row in ROWS}
+    return {row: of_row for row, of_row in found.items() if of_row}
+
+
+def write_page(out: Path) -> Path:
+    """Writes OUT.md beside the directory `out`, and the figures into it."""
+    rows = read_cells(out)
+    scores = {row: score(cells) for row, cells in rows.items()}
+    figures = [
+        draw(out / f"{name}.png", {row: rows[row] for row in chosen if row in rows}, panels)
+        for name, chosen, panels in (
+            ("curves", MAIN, {"Training reward, strict": "reward/shapes/strict", "TA-like": "reward/shapes/ta"}),
+            ("regulariser", LEARNED, {"Learned reward": "reward/mean", "Truth, strict": "reward/shapes/strict"}),
+        )
+    ]
+    page = out.with_suffix(".md")
+    with replacing(page) as aside:
+        aside.write_text(to_markdown(scores, [path for path in figures if path], out.name), encoding="utf-8")
+    return page
+
+
+def to_markdown(scores: Mapping[str, Score], figures: Sequence[Path], folder: str) -> str:
+    """The page. Numbers of this project in percent with intervals, the paper's beside them."""
+    parts = [
+        "# The paper's rows and ablations, in small",
+        "",
+        "    unigrpo reproduce        # continues from the cells in docs/reproduction/cells",
+        "",
+        "Shapes instead of GenEval and TA's prompts, a 2.3 M policy instead of BAGEL: only the order of rows can be "
+        "compared. Intervals: 95 % bootstrap over seeds and, within each task, prompts. Overall is the mean of the "
+        "task accuracies.",
+        "",
+        *_overall(scores),
+        "",
+        *_findings(scores),
+        "## Strict accuracy by task",
+        "",
+        *_tasks(scores),
+    ]
+    for path in figures:
+        title, text = FIGURES[path.stem]
+        parts += ["", f"## {title}", "", text, "", f"![{title}]({folder}/{path.name})"]
+    return "\n".join([*parts, "", "## Machines", "", *_machines(scores)]) + "\n"
+
+
+FIGURES = {
+    "curves": ("Training curves", "Mean over seeds, smoothed over 10 steps; the band is the range over seeds."),
+    "regulariser": (
+        "Regularisers under a reward that can be hacked",
+        "The reward is the learned scorer; the strict detector is not trained on.",
+    ),
+}
+
+
+def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+    return ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *lines)]
+
+
+def _overall(scores: Mapping[str, Score]) -> list[str]:
+    lines = []
+    for row, found in scores.items():
+        paper = ROWS[row].paper
+        per_cell = " + ".join(str(steps) for steps in found.cells[0]["steps"])
+        minutes = np.mean([cell["minutes"] for cell in found.cells])
+        lines.append(
+            [
+                ROWS[row].title,
+                str(found.ta),
+                f"{100 * paper[0]:.1f}" if paper else "–",
+                str(found.overall),
+                f"{100 * paper[1]:.0f}" if paper else "–",
+                str(len(found.cells)),
+                f"{per_cell} in {minutes:.0f} min" if minutes else "evaluated only",
+            ]
+        )
+    header = ["", "TA-like, %", "paper: TA", "strict, overall, %", "paper: GenEval", "seeds", "steps of a seed"]
+    return _table(header, lines)
+
+
+def _findings(scores: Mapping[str, Score]) -> list[str]:
+    """What the issue asks of the numbers, computed from them."""
+    if not {"sft-think", "unigrpo"} <= scores.keys():
+        return []
+    start, ours = scores["sft-think"].overall, scores["unigrpo"].overall
+    removed = (ours.mean - start.mean) / (1 - start.mean)
+    lines = [f"- UniGRPO removes {100 * removed:.0f} % of the strict error of SFT with thinking (the paper: 44 %)."]
+    single = [row for row in ("refl", "refl-think", "flowgrpo", "flowgrpo-think", "textgrpo") if row in scores]
+    if single:
+        best = max(single, key=lambda row: scores[row].overall.mean)
+        apart = ours.low > scores[best].overall.high or ours.high < scores[best].overall.low
+        lines.append(
+            f"- The best row that trains one modality is {ROWS[best].title}, {scores[best].overall}; UniGRPO's "
+            f"interval {'does not overlap' if apart else 'overlaps'} it."
+        )
+    return [*lines, ""]
+
+
+def _tasks(scores: Mapping[str, Score]) -> list[str]:
+    found = {task for of_row in scores.values() for task in of_row.tasks}
+    tasks = [*(task for task in TASKS if task in found), *sorted(found - set(TASKS))]
+    lines = []
+    for row, of_row in scores.items():
+        paper = dict(zip(TASKS, ROWS[row].tasks or (), strict=False))
+        lines.append([ROWS[row].title, *(_task(of_row.tasks.get(task), paper.get(task)) for task in tasks)])
+    return ["In brackets: the paper's.", "", *_table(["", *tasks], lines)]
+
+
+def _task(measured: Estimate | None, paper: float | None) -> str:
+    ours = "–" if measured is None else f"{100 * measured.mean:.1f}"
+    return ours if paper is None else f"{ours} ({100 * paper:.0f})"
+
+
+def _machines(scores: Mapping[str, Score]) -> list[str]:
+    cells = [cell for found in scores.values() for cell in found.cells]
+    lines = []
+    for name in dict.fromkeys(cell["machine"] for cell in cells):
+        own = [cell for cell in cells if cell["machine"] == name]
+        dates, minutes = sorted(cell["finished"] for cell in own), sum(cell["minutes"] for cell in own)
+        lines.append(f"- {name}: {len(own)} cells, {minutes:.0f} minutes of training steps, {dates[0]} to {dates[-1]}")
+    return lines
+
+
+def draw(path: Path, rows: Mapping[str, Sequence[Cell]], panels: Mapping[str, str]) -> Path | None:
+    """One panel per metric, one line per row, over training steps. None without a row that has curves."""
+    trained = {
+        row: cells for row, cells in rows.items() if any(len(cell["curves"]["reward/mean"]) > 1 for cell in cells)
+    }
+    if not trained:
+        return None
+    figure = Figure(figsize=(5 * len(panels), 3.4), layout="constrained")
+    for axes, (title, key) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for row, cells in trained.items():
+            curves = _curves(cells, key)
+            steps = np.arange(1, curves.shape[1] + 1)
+            axes.plot(steps, curves.mean(0), label=ROWS[row].title)
+            axes.fill_between(steps, curves.min(0), curves.max(0), alpha=0.2, linewidth=0)
+        axes.set(title=title, xlabel="step")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    with replacing(path) as aside:
+        figure.savefig(aside, format="png", dpi=120)
+    return path
+
+
+def _curves(cells: Sequence[Cell], key: str, window: int = 10) -> NDArray[np.float64]:
+    """Running means [seeds, steps] as far as every seed goes; nothing is averaged across its missing values."""
+    columns: list[Any] = [cell["curves"][key] for cell in cells]
+    length = min(map(len, columns))
+    values = np.array([[np.nan if v is None else v for v in column[:length]] for column in columns], np.float64)
+    return np.stack([np.nanmean(values[:, max(0, s - window + 1) : s + 1], 1) for s in range(length)], 1)
