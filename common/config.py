@@ -78,6 +78,26 @@ class Data(Section):
     """Chains per prompt."""
 
 
+class Cfg(Section):
+    """Classifier-free guidance with BAGEL's renormalisations (common/bagel/cfg.py)."""
+
+    text_scale: Annotated[float, Field(ge=1)] = 1.0
+    """Scale against a context without the prompt; 1 is no guidance at all (BAGEL's own default is 4)."""
+    image_scale: Annotated[float, Field(ge=1)] = 1.0
+    """Scale against a context without the reasoning, on top of text_scale > 1; 1 leaves this branch out."""
+    interval: tuple[float, float] = (0.4, 1.0)
+    """Guided are the times t with low < t <= high."""
+    renorm: Literal["global", "channel", "text_channel"] = "global"
+    """What is shrunk to the unguided norm: an image, each of its tokens, or each token before the image guidance."""
+    renorm_min: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Least factor of that shrinking."""
+
+    @property
+    def enabled(self) -> bool:
+        """BAGEL guides only where the text is."""
+        return self.text_scale > 1
+
+
 class Sampling(Section):
     """How chains are sampled."""
 
@@ -106,6 +126,9 @@ class Sampling(Section):
     """Training steps after which a progressive window moves on by one."""
     shared_noise: bool = False
     """Whether the chains of a group start from the same noise; the window's noise is always each chain's own."""
+    cfg: Cfg = Cfg()
+    """Guidance of training rollouts and of the learner's forward. The documented way is none: one context, one branch;
+    it is here for the ablation."""
     think: bool = True
     """Whether the policy reasons before it draws; without, the image is conditioned on the prompt alone."""
 
@@ -251,26 +274,6 @@ class Scorer(Resources):
     """Further tries after a failure; then the chain is masked and counted."""
 
 
-class Cfg(Section):
-    """Classifier-free guidance with BAGEL's renormalisations (common/bagel/cfg.py)."""
-
-    text_scale: Annotated[float, Field(ge=1)] = 1.0
-    """Scale against a context without the prompt; 1 is no guidance at all (BAGEL's own default is 4)."""
-    image_scale: Annotated[float, Field(ge=1)] = 1.0
-    """Scale against a context without the reasoning, on top of text_scale > 1; 1 leaves this branch out."""
-    interval: tuple[float, float] = (0.4, 1.0)
-    """Guided are the times t with low < t <= high."""
-    renorm: Literal["global", "channel", "text_channel"] = "global"
-    """What is shrunk to the unguided norm: an image, each of its tokens, or each token before the image guidance."""
-    renorm_min: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Least factor of that shrinking."""
-
-    @property
-    def enabled(self) -> bool:
-        """BAGEL guides only where the text is."""
-        return self.text_scale > 1
-
-
 class Evaluation(Section):
     """Held-out evaluation with deterministic denoising."""
 
@@ -283,7 +286,7 @@ class Evaluation(Section):
     points: Annotated[int, Field(ge=2)] = 21
     """Time points of the evaluation schedule."""
     cfg: Cfg = Cfg()
-    """Guidance of evaluation and `unigrpo generate`; training rollouts have none."""
+    """Guidance of evaluation and `unigrpo generate`."""
     seed: int = 1234
     """Seed of the evaluation's noise and sampling, the same for every checkpoint."""
     samples: Count = 14

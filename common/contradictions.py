@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 def contradictions(config: TrainConfig) -> Iterator[str]:
     """Every contradiction, in the order in which they should be mended."""
-    for check in (_window, _noise, _batch, _replicas, _rewards, _objective):
+    for check in (_window, _noise, _guidance, _batch, _replicas, _rewards, _objective):
         yield from check(config)
 
 
@@ -44,6 +44,20 @@ def _noise(config: TrainConfig) -> Iterator[str]:
         )
     if s.sampler == "flow_cps" and s.noise_level > 1:
         yield f"sampling.noise_level is {s.noise_level:g}; flow_cps knows levels from 0 to 1"
+
+
+def _guidance(config: TrainConfig) -> Iterator[str]:
+    training, evaluation = config.sampling.cfg, config.evaluation.cfg
+    for name, cfg in (("sampling", training), ("evaluation", evaluation)):
+        if cfg.image_scale > 1 and not cfg.enabled:
+            yield f"{name}.cfg.image_scale is {cfg.image_scale:g} but {name}.cfg.text_scale is 1, which is no guidance"
+        if not 0 <= cfg.interval[0] < cfg.interval[1] <= 1:
+            yield f"{name}.cfg.interval is {list(cfg.interval)}; give 0 <= low < high <= 1"
+    if training.enabled and not evaluation.enabled:
+        yield (
+            f"sampling.cfg.text_scale is {training.text_scale:g} but evaluation.cfg.text_scale is 1; a policy trained "
+            "with guidance draws with it: give evaluation.cfg the same scales, or train without"
+        )
 
 
 def _batch(config: TrainConfig) -> Iterator[str]:

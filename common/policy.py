@@ -133,7 +133,7 @@ class OpenPolicy(ABC):
 
     def guidance(self, prompts: list[str], system: str, cfg: Cfg) -> Guidance:
         """What `velocities` needs to guide the images of these prompts. ConfigError if the policy has no guidance."""
-        raise ConfigError(f"evaluation.cfg.text_scale is {cfg.text_scale}: this kind of model has no guidance; give 1")
+        raise ConfigError(f"cfg.text_scale is {cfg.text_scale}: this kind of model has no guidance; give 1")
 
     @abstractmethod
     def pack(
@@ -143,9 +143,11 @@ class OpenPolicy(ABC):
         t: Tensor,
         owner: Tensor,
         grid: tuple[int, int],
+        guidance: Guidance | None = None,
     ) -> Batch:
         """Lays out one forward: B (prompt ids, response ids), of which the responses are scored, and M images x_t
-        [M, N, D] at times t [M], each conditioned on text owner [M]; on the device to use."""
+        [M, N, D] at times t [M], each conditioned on text owner [M]; on the device to use. guidance, of the B texts:
+        their images are guided."""
 
     @abstractmethod
     def decode(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:

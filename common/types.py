@@ -94,7 +94,7 @@ class Group:
 @dataclass(frozen=True)
 class RolloutRequest:
     """Asks a replica for one group. seeds [G] one per chain; window: first step and number of SDE steps, None for
-    deterministic sampling; points: time points of the schedule (steps + 1); cfg: guidance, None in training; start:
+    deterministic sampling; points: time points of the schedule (steps + 1); cfg: guidance, None is without; start:
     seed of the initial noise that all chains share, None where each has its own."""
 
     prompt: Prompt

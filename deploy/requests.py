@@ -21,7 +21,8 @@ def training_requests(config: TrainConfig, order: PromptOrder, step: int) -> lis
             tuple(chain_seed(config.seed, step, place, g) for g in range(size)),
             training_window(config, step, place),
             config.sampling.points,
-            start=chain_seed(config.seed, step, place, size + 1) if shared else None,
+            config.sampling.cfg,
+            chain_seed(config.seed, step, place, size + 1) if shared else None,
         )
         for place, prompt in enumerate(order.batch(step))
     ]

@@ -14,15 +14,16 @@ from numpy.typing import NDArray
 
 from common import flow
 from common.advantage import group_advantages
+from common.bagel.text import system_prompt
 from common.config import TrainConfig, resolve_path
 from common.policy import open_policy
 from common.records import write_groups
-from common.types import Group, WeightManifest
+from common.types import Chain, Group, WeightManifest
 from common.weights import pack
 from learner import checkpoint as run_checkpoint
 from learner.engine import Engine, init_process_group
 from learner.refl import ReFLUpdater
-from learner.update import Updater, lay_out, metrics_of, share_out
+from learner.update import MicroBatch, Updater, lay_out, metrics_of, share_out
 
 
 class LearnerRank:
@@ -102,18 +103,14 @@ class LearnerRank:
     def update(self, step: int) -> dict[str, float]:
         """One joint update from all groups that the ranks took; metrics of all ranks. Without any contributing chain
         nothing changes."""
-        advantages, share, groups = self.advantages, self.share, self.groups
+        advantages, share = self.advantages, self.share
         self.engine.set_learning_rates(self.config.optimizer.learning_rate_factor(step, self.config.steps), self.rates)
         minibatches = [
             [
-                lay_out(
-                    [groups[b].chains[g] for b, g, _ in micro],
+                self._lay_out(
+                    [(self.groups[b], self.groups[b].chains[g]) for b, g, _ in micro],
                     [float(advantages.values[b, g]) for b, g, _ in micro],
                     [weight for *_, weight in micro],
-                    self.checkpoint,
-                    self.version,
-                    self.device,
-                    [groups[b].prompt for b, _, _ in micro],
                 )
                 for micro in mini
             ]
@@ -135,6 +132,22 @@ class LearnerRank:
             "weights/version": float(self.version),
             "time/update_math_s": compute,
         }
+
+    def _lay_out(self, chains: list[tuple[Group, Chain]], advantages: list[float], weights: list[float]) -> MicroBatch:
+        cfg, guidance = self.config.sampling.cfg, None
+        if cfg.enabled:
+            texts = [group.prompt.text for group, _ in chains]
+            guidance = self.checkpoint.guidance(texts, system_prompt(self.config.model.system_prompt), cfg)
+        return lay_out(
+            [chain for _, chain in chains],
+            advantages,
+            weights,
+            self.checkpoint,
+            self.version,
+            self.device,
+            [group.prompt for group, _ in chains],
+            guidance,
+        )
 
     def _over_ranks(self, sums: dict[str, float]) -> dict[str, float]:
         """Adds up chains over ranks; what every rank has alike (steps, norms) counts once."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from common import flow
 from common.config import TrainConfig
-from common.policy import Batch, OpenPolicy, Policy, PolicyOutput
+from common.policy import Batch, Guidance, OpenPolicy, Policy, PolicyOutput
 from common.types import Chain, Prompt
 from learner import objective
 from learner.engine import Engine
@@ -69,8 +69,9 @@ def lay_out(
     version: int,
     device: str,
     prompts: Sequence[Prompt] = (),
+    guidance: Guidance | None = None,
 ) -> MicroBatch:
-    """Chains -> tensors of one forward."""
+    """Chains -> tensors of one forward; guidance: that of the chains, if they were drawn with it."""
     texts, behaviour, owner = [], [], []
     for number, chain in enumerate(chains):
         prompt, ids = chain.text.prompt_ids.tolist(), chain.text.ids.tolist()
@@ -83,7 +84,7 @@ def lay_out(
         return torch.from_numpy(np.concatenate([getattr(chain.image, name) for chain in chains])).to(device)
 
     image_owner = torch.arange(len(chains), device=device).repeat_interleave(window)
-    packed = opened.pack(texts, stack("x_t"), stack("t"), image_owner, chains[0].image.grid)
+    packed = opened.pack(texts, stack("x_t"), stack("t"), image_owner, chains[0].image.grid, guidance)
     return MicroBatch(
         packed,
         torch.tensor(advantages, dtype=torch.float32, device=device),

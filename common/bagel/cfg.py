@@ -12,13 +12,16 @@ token of v_t before the image guidance. Guidance needs s_t > 1; without it s_i m
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from common.bagel.decoder import Context
-from common.bagel.policy import BagelPolicy
 from common.config import Cfg
+
+if TYPE_CHECKING:
+    from common.bagel.policy import BagelPolicy
 
 
 @dataclass(frozen=True)
@@ -43,13 +46,17 @@ def guided_velocity(
 ) -> Tensor:
     """x_t [M, N, D], t [M] -> v [M, N, D] fp32: guided where lo < t <= hi of cfg.interval, plain elsewhere."""
     v = policy.velocity(x_t, t, branches.full, grid)
-    low, high = cfg.interval
-    active = (t > low) & (t <= high)
-    if not cfg.enabled or not active.any():
+    if not cfg.enabled or not active(t, cfg).any():
         return v
     v_text = policy.velocity(x_t, t, branches.text, grid)
     v_image = policy.velocity(x_t, t, branches.image, grid) if branches.image else None
-    return torch.where(active[:, None, None], combine(v, v_text, v_image, cfg), v)
+    return torch.where(active(t, cfg)[:, None, None], combine(v, v_text, v_image, cfg), v)
+
+
+def active(t: Tensor, cfg: Cfg) -> Tensor:
+    """Which times [M] are guided."""
+    low, high = cfg.interval
+    return (t > low) & (t <= high)
 
 
 def combine(v: Tensor, v_text: Tensor, v_image: Tensor | None, cfg: Cfg) -> Tensor:

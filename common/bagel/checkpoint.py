@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +75,21 @@ class Checkpoint(OpenPolicy):
         t: Tensor,
         owner: Tensor,
         grid: tuple[int, int],
+        guidance: Guidance | None = None,
     ) -> PackedBatch:
         whole = [self.chat.context_ids(prompt, response) for prompt, response in texts]
         scored = [(len(prompt), len(prompt) + len(response)) for prompt, response in texts]
-        return pack_batch(whole, scored, x_t, t, owner, grid)
+        if guidance is None:
+            return pack_batch(whole, scored, x_t, t, owner, grid)
+        kept = [guidance.without_prompt, *([guidance.without_reasoning] if guidance.cfg.image_scale > 1 else [])]
+        # Many chains leave the same text, which is read once.
+        row = {tuple(text): 0 for branch in kept for text in branch}
+        row = {text: len(whole) + number for number, text in enumerate(row)}
+        branches = tuple(
+            torch.tensor([row[tuple(text)] for text in branch], device=x_t.device)[owner] for branch in kept
+        )
+        packed = pack_batch([*whole, *map(list, row)], [*scored, *[(0, 0)] * len(row)], x_t, t, owner, grid)
+        return replace(packed, branches=branches, cfg=guidance.cfg)
 
     def decode(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:
         return vae_ops.to_uint8(self.pixels(latents, grid))

@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from common.bagel import cfg as guidance
 from common.bagel import vae as vae_ops
 from common.bagel.config import BagelConfig, LLMConfig
 from common.bagel.decoder import Context, Decoder, Packing
+from common.config import Cfg
 from common.policy import Policy, PolicyOutput
 
 TIME_FREQUENCIES = 128
@@ -67,7 +69,8 @@ class PackedBatch:
     """One training forward: B texts read once, M noised images that attend to them.
 
     ids [T] flat token ids; packing their layout; rows [P] flat rows whose next token is scored, targets [P] those
-    tokens; x_t [M, N, D], t [M], owner [M] the text (row of the context) each image belongs to; grid (rows, cols).
+    tokens; x_t [M, N, D], t [M], owner [M] the text (row of the context) each image belongs to; grid (rows, cols);
+    guided images have further owners, the texts without the prompt and without the reasoning, and cfg.
     """
 
     ids: Tensor
@@ -78,6 +81,8 @@ class PackedBatch:
     t: Tensor
     owner: Tensor
     grid: tuple[int, int]
+    branches: tuple[Tensor, ...] = ()
+    cfg: Cfg | None = None
 
 
 class BagelPolicy(Policy):
@@ -161,12 +166,26 @@ class BagelPolicy(Policy):
         hidden, context = self.read(batch.ids, batch.packing)
         logprobs, entropy = self.score(hidden[batch.rows], batch.targets, temperature)
         if image_grad_to_text:
-            velocity = self.velocity(batch.x_t, batch.t, context.take(batch.owner), batch.grid)
+            velocity = self._velocity_of(batch, context)
         else:
             with self._constant_reasoning():
-                constant = context.detach().take(batch.owner)
-                velocity = self.velocity(batch.x_t, batch.t, constant, batch.grid, self._constant_reasoning)
+                velocity = self._velocity_of(batch, context.detach(), self._constant_reasoning)
         return PolicyOutput(logprobs, entropy, velocity)
+
+    def _velocity_of(
+        self,
+        batch: PackedBatch,
+        context: Context,
+        within: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> Tensor:
+        """[M, N, D], the branches of guided images in one pass."""
+        if batch.cfg is None:
+            return self.velocity(batch.x_t, batch.t, context.take(batch.owner), batch.grid, within)
+        owners, times = torch.cat([batch.owner, *batch.branches]), 1 + len(batch.branches)
+        x_t, t = batch.x_t.repeat(times, 1, 1), batch.t.repeat(times)
+        v, v_text, *v_image = self.velocity(x_t, t, context.take(owners), batch.grid, within).chunk(times)
+        guided = guidance.combine(v, v_text, v_image[0] if v_image else None, batch.cfg)
+        return torch.where(guidance.active(batch.t, batch.cfg)[:, None, None], guided, v)
 
     @contextmanager
     def _constant_reasoning(self) -> Iterator[None]:

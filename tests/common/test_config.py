@@ -96,6 +96,18 @@ def test_unknown_keys_are_named_with_the_closest_known_one(data: dict[str, Any],
             ["sampling.noise_level is 1.5", "flow_cps knows levels from 0 to 1"],
         ),
         (
+            {"sampling": {"cfg": {"text_scale": 4}}},
+            ["sampling.cfg.text_scale is 4 but evaluation.cfg.text_scale is 1", "give evaluation.cfg the same scales"],
+        ),
+        (
+            {"evaluation": {"cfg": {"image_scale": 2}}},
+            ["evaluation.cfg.image_scale is 2 but evaluation.cfg.text_scale is 1", "no guidance"],
+        ),
+        (
+            {"sampling": {"cfg": {"interval": [0.5, 0.2]}}},
+            ["sampling.cfg.interval is [0.5, 0.2]", "low < high"],
+        ),
+        (
             {"objective": {"epochs": 2}, "max_staleness": 1},
             ["objective.epochs is 2 but max_staleness is 1", "old means of stale chains", "max_staleness to 0"],
         ),

@@ -8,6 +8,7 @@ import torch
 from common.bagel.checkpoint import Checkpoint
 from common.bagel.policy import BagelPolicy
 from common.config import TrainConfig, validate
+from common.policy import Guidance
 from common.types import Chain, ImageSegment, TextSegment
 from learner.engine import Engine
 from learner.update import MicroBatch, lay_out
@@ -21,7 +22,9 @@ def train_config(**objective: object) -> TrainConfig:
     return validate({"objective": objective, "learner": {"dtype": "float32"}, "rollout": {"dtype": "float32"}})
 
 
-def make_chains(checkpoint: Checkpoint, count: int, seed: int = 0, noise_level: float = 0.7) -> list[Chain]:
+def make_chains(
+    checkpoint: Checkpoint, count: int, seed: int = 0, noise_level: float = 0.7, guidance: Guidance | None = None
+) -> list[Chain]:
     """Chains of different lengths whose window starts at different steps; log-probs and latents are on-policy."""
     rng = np.random.default_rng(seed)
     config, chat = checkpoint.config, checkpoint.chat
@@ -31,7 +34,7 @@ def make_chains(checkpoint: Checkpoint, count: int, seed: int = 0, noise_level: 
     prompts = [[chat.start, *rng.integers(0, vocabulary, n).tolist()] for n in rng.integers(2, 9, count)]
     answers = [[*rng.integers(0, vocabulary, n).tolist(), chat.end] for n in rng.integers(2, 12, count)]
     texts = [chat.context_ids(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
-    drawings = denoiser.draw(texts, list(range(count)), [(i % 3, WINDOW) for i in range(count)], POINTS)
+    drawings = denoiser.draw(texts, list(range(count)), [(i % 3, WINDOW) for i in range(count)], POINTS, guidance)
     with torch.no_grad():
         logprobs = checkpoint.policy.token_logprobs(texts)
     chains = []
@@ -52,8 +55,14 @@ def make_chains(checkpoint: Checkpoint, count: int, seed: int = 0, noise_level: 
     return chains
 
 
-def micro_batch(checkpoint: Checkpoint, chains: list[Chain], advantages: list[float], version: int = 0) -> MicroBatch:
-    return lay_out(chains, advantages, [1.0] * len(chains), checkpoint, version, "cpu")
+def micro_batch(
+    checkpoint: Checkpoint,
+    chains: list[Chain],
+    advantages: list[float],
+    version: int = 0,
+    guidance: Guidance | None = None,
+) -> MicroBatch:
+    return lay_out(chains, advantages, [1.0] * len(chains), checkpoint, version, "cpu", guidance=guidance)
 
 
 def make_engine(policy: BagelPolicy, *, lr: float = 1e-4, zero_stage: int = 2, dtype: str = "float32") -> Engine:

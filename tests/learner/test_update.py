@@ -20,7 +20,7 @@ from common.advantage import group_advantages
 from common.bagel import checkpoint as store
 from common.bagel.checkpoint import Checkpoint
 from common.bagel.policy import BagelPolicy
-from common.config import TrainConfig
+from common.config import Cfg, TrainConfig
 from common.types import Chain
 from learner.engine import Engine
 from learner.update import MicroBatch, Updater, lay_out, metrics_of, share_out
@@ -285,6 +285,51 @@ def test_plain_ratio_weighs_a_step_by_its_inverse_std(
         std = flow.sde_step(torch.tensor(image.t), torch.tensor(image.t_next), 0.7).std.item()
     scale = gradients[0].abs().max().item()
     close(gradients[1] * std, gradients[0], atol=1e-3 * scale, rtol=1e-3)
+
+
+@pytest.mark.parametrize("image_scale", [1.0, 2.0])
+def test_guided_rollouts_are_guided_in_the_update(
+    golden_checkpoint: Checkpoint, policy: BagelPolicy, image_scale: float
+) -> None:
+    """CFG in training, the ablation: the packed forward gives the velocity that the rollout drew with, and all three
+    branches are differentiated."""
+    cfg = Cfg(text_scale=3.0, image_scale=image_scale, interval=(0.7, 1.0), renorm="channel")
+    guidance = golden_checkpoint.guidance(["a ring", "two stars", "a ring", "a blue square"], "think first", cfg)
+    guided = make_chains(golden_checkpoint, 4, guidance=guidance)
+    plain = make_chains(golden_checkpoint, 4)
+    times = np.concatenate([chain.image.t for chain in guided])
+    assert (times > 0.7).any()
+    assert (times <= 0.7).any()
+    updater = Watched(policy, train_config(text_weight=0.0), reference=True, lr=0.0)
+    micro = micro_batch(golden_checkpoint, guided, ADVANTAGES[:4], guidance=guidance)
+    metrics = metrics_of(updater.run([[micro]], [4]))
+    assert metrics["image/velocity_diff_rollout"] < 1e-4
+    assert metrics["image/ratio_mean"] == 1.0
+    assert metrics["image/velocity_mse"] == 0.0
+    unguided = Watched(copy.deepcopy(policy), train_config(text_weight=0.0), lr=0.0)
+    stats = metrics_of(unguided.run([[micro_batch(golden_checkpoint, guided, ADVANTAGES[:4])]], [4]))
+    assert stats["image/velocity_diff_rollout"] > 100 * metrics["image/velocity_diff_rollout"]
+    assert not np.allclose(guided[0].image.v_old[0], plain[0].image.v_old[0], atol=1e-2)
+
+    name = "llm2vae.weight"
+    parameter, step, wanted = policy.get_parameter(name), 1e-2, updater.gradients[0][name]
+
+    def loss() -> float:
+        with torch.no_grad():
+            output = policy(micro.packed)
+            move = flow.sde_step(micro.packed.t, micro.t_next, TrainConfig().sampling.noise_level)
+            mean_old = flow.mean_of(move, micro.packed.x_t, micro.v_old)
+            mean = flow.mean_of(move, micro.packed.x_t, output.velocity)
+            log_ratio = flow.ratio_norm_log(micro.x_next, mean_old, mean, move.std).view(micro.shape)
+            return -(log_ratio.exp() * micro.advantage[:, None]).mean().item()
+
+    direction = wanted / wanted.norm()
+    with torch.no_grad():
+        parameter.add_(step * direction)
+        above = loss()
+        parameter.sub_(2 * step * direction)
+        below = loss()
+    assert (above - below) / (2 * step) == pytest.approx(wanted.norm().item(), rel=0.05)
 
 
 def without_reasoning(chains: list[Chain]) -> list[Chain]:
