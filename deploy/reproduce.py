@@ -6,6 +6,7 @@ continued at another time and on another machine. A cell that was cut short goes
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.config import ConfigError, TrainConfig, load_config
+from common.config import ConfigError, TrainConfig, load_config, read_recipe, resolve_path, to_yaml
 from common.rundir import RunDirectory, dump_json, replacing
 from deploy.evaluation import Result
 
@@ -73,8 +74,8 @@ class Plan:
 
 
 def reproduce(plan: Plan) -> Path:
-    """Runs the cells that are missing and writes the page after each. ConfigError for a cell that was made with other
-    steps or overrides."""
+    """Runs the cells that are missing and writes the page after each. ConfigError for a cell or an unfinished run that
+    was made of something else."""
     from deploy.reproduction_page import write_page
 
     for row in plan.rows:
@@ -101,18 +102,32 @@ def seeds_of(plan: Plan, row: str) -> tuple[int, ...]:
 
 
 def finished(plan: Plan, row: str, seed: int) -> Cell | None:
-    """The stored cell, None if it has still to be run."""
+    """The stored cell, None if it has still to be run. ConfigError if it was made of something else."""
     path = plan.cell_file(row, seed)
     if not path.exists():
         return None
     cell: Cell = json.loads(path.read_bytes())
-    steps, overrides = [config.steps for config in stages(plan, row, seed)], list(plan.overrides)
-    if (cell["steps"], cell["overrides"]) != (steps, overrides):
-        raise ConfigError(
-            f"{path} was made with steps {cell['steps']} and overrides {cell['overrides']}, not {steps} and "
-            f"{overrides}; remove it, repeat them, or give another --out"
-        )
+    for key, asked in origin(plan, row, seed).items():
+        if (had := cell["origin"].get(key)) != asked:
+            raise ConfigError(
+                f"{path} was made with {key} {had}, not {asked}; remove it to run it again, ask for the same, or give "
+                "another --out"
+            )
     return cell
+
+
+def origin(plan: Plan, row: str, seed: int) -> dict[str, Any]:
+    """What a cell is made of: cells of one page must agree with today's recipes, start and arguments."""
+    from learner.checkpoint import identity
+
+    configs = stages(plan, row, seed)
+    recipes = json.dumps([read_recipe(recipe) for recipe in ROWS[row].recipes], sort_keys=True)
+    return {
+        "steps": [config.steps for config in configs],
+        "overrides": list(plan.overrides),
+        "recipe": hashlib.sha256(recipes.encode()).hexdigest()[:16],
+        "start": identity(resolve_path(configs[0].model.path))[:16],
+    }
 
 
 def stages(plan: Plan, row: str, seed: int) -> list[TrainConfig]:
@@ -132,15 +147,13 @@ def stages(plan: Plan, row: str, seed: int) -> list[TrainConfig]:
 
 def run_cell(plan: Plan, row: str, seed: int) -> Cell:
     """Trains (or only evaluates) one cell, going on where an earlier attempt stopped."""
-    configs = stages(plan, row, seed)
-    runs = [_run(config) for config in configs]
+    runs = [_run(config) for config in stages(plan, row, seed)]
     results = [result for run in runs for result in run.read_evaluations().values()]
     metrics = [line for run in runs for line in run.read_metrics()]
     return {
         "row": row,
         "seed": seed,
-        "overrides": list(plan.overrides),
-        "steps": [config.steps for config in configs],
+        "origin": origin(plan, row, seed),
         "minutes": round(sum(line["time/step_s"] for line in metrics) / 60, 2),
         "finished": time.strftime("%Y-%m-%d", time.gmtime()),
         "machine": machine(),
@@ -155,6 +168,8 @@ def _run(config: TrainConfig) -> RunDirectory:
     from deploy.session import open_evaluation, open_session
 
     run = RunDirectory(config.directory)
+    if run.path.exists() and run.open().config.read_text(encoding="utf-8") != to_yaml(config):
+        raise ConfigError(f"{run.path} is a run of other settings; remove it, so that this one can take its place")
     saved = config.steps == 0 or run.latest_checkpoint() == run.checkpoint(config.steps)
     if saved and run.evaluation_file(config.steps).exists():
         return run

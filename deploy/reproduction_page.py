@@ -141,7 +141,7 @@ def _overall(scores: Mapping[str, Score]) -> list[str]:
     lines = []
     for row, found in scores.items():
         paper = ROWS[row].paper
-        per_cell = " + ".join(str(steps) for steps in found.cells[0]["steps"])
+        per_cell = " + ".join(str(steps) for steps in found.cells[0]["origin"]["steps"])
         minutes = np.mean([cell["minutes"] for cell in found.cells])
         lines.append(
             [

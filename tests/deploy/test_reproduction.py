@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from common.config import ConfigError
-from common.rundir import dump_json
-from deploy.reproduce import ROWS, TASKS, Cell, Plan, check_rows, finished, seeds_of, stages
+from common.rundir import RunDirectory, dump_json
+from deploy.reproduce import ROWS, TASKS, Cell, Plan, check_rows, finished, origin, run_cell, seeds_of, stages
 from deploy.reproduction_page import read_cells, score, write_page
 
 
@@ -23,8 +23,7 @@ def _cell(row: str, seed: int, rate: float, steps: int = 30, prompts: int = 70) 
     return {
         "row": row,
         "seed": seed,
-        "overrides": [],
-        "steps": [steps],
+        "origin": {"steps": [steps]},
         "minutes": 7.0,
         "finished": "2026-01-02",
         "machine": "a machine, 2 CPUs",
@@ -99,7 +98,7 @@ def test_page_holds_whatever_cells_there_are(out: Path) -> None:
 
 def test_page_without_trained_cells_has_no_figures(out: Path) -> None:
     cell = _cell("sft", 0, 0.3)
-    cell.update(steps=[0], minutes=0.0, curves={key: [] for key in cell["curves"]})
+    cell.update(origin={"steps": [0]}, minutes=0.0, curves={key: [] for key in cell["curves"]})
     _store(out, cell)
     text = write_page(out).read_text()
     assert "| 1 | evaluated only |" in text and "![" not in text
@@ -121,12 +120,27 @@ def test_every_row_resolves_and_later_stages_start_from_earlier_ones(tmp_path: P
 
 
 def test_a_cell_of_another_plan_is_not_taken_for_this_one(out: Path) -> None:
-    _store(out, _cell("unigrpo", 0, 0.5))
-    assert finished(Plan(("unigrpo",), (0,), 30, (), out), "unigrpo", 0)
-    assert finished(Plan(("unigrpo",), (1,), 30, (), out), "unigrpo", 1) is None
-    for plan in (Plan(("unigrpo",), (0,), 20, (), out), Plan(("unigrpo",), (0,), 30, ("seed=1",), out)):
-        with pytest.raises(ConfigError, match="was made with steps"):
+    plan, cell = Plan(("unigrpo",), (0, 1), 30, (), out), _cell("unigrpo", 0, 0.5)
+    cell["origin"] = origin(plan, "unigrpo", 0)
+    _store(out, cell)
+    assert finished(plan, "unigrpo", 0) == cell
+    assert finished(plan, "unigrpo", 1) is None
+    for steps, overrides, word in ((20, (), "steps"), (30, ("data.group_size=4",), "overrides")):
+        with pytest.raises(ConfigError, match=f"was made with {word}"):
+            finished(Plan(("unigrpo",), (0,), steps, overrides, out), "unigrpo", 0)
+    for key in ("recipe", "start"):
+        _store(out, cell | {"origin": cell["origin"] | {key: "another"}})
+        with pytest.raises(ConfigError, match=f"was made with {key} another"):
             finished(plan, "unigrpo", 0)
+
+
+def test_an_unfinished_run_of_other_settings_is_not_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNIGRPO_HOME", str(tmp_path))
+    plan = Plan(("sft",), (0,), None, (), tmp_path)
+    (config,) = stages(plan, "sft", 0)
+    RunDirectory(config.directory).create("steps: 1\n")
+    with pytest.raises(ConfigError, match="is a run of other settings; remove it"):
+        run_cell(plan, "sft", 0)
 
 
 def test_one_cell_runs_once(tmp_path: Path) -> None:
@@ -139,7 +153,7 @@ def test_one_cell_runs_once(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     path = tmp_path / "page" / "cells" / "flowgrpo-seed0.json"
     cell = json.loads(path.read_bytes())
-    assert (cell["row"], cell["steps"], len(cell["result"]["tags"])) == ("flowgrpo", [1], 7)
+    assert (cell["row"], cell["origin"]["steps"], len(cell["result"]["tags"])) == ("flowgrpo", [1], 7)
     assert cell["curves"]["reward/shapes/ta"][0] is not None
     assert str(tmp_path) not in path.read_text()
     before = path.stat().st_mtime_ns
