@@ -22,6 +22,7 @@ from common.types import Prompt
 
 BUILT_IN = {
     "clip_score": "rewards.clip_score:ClipScorer",
+    "http": "rewards.http:HttpScorer",
     "shapes": "rewards.shapes:ShapesScorer",
     "shapes_learned": "rewards.shapes_learned:LearnedShapesScorer",
 }
