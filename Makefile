@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 export UV_FIND_LINKS
 
-.PHONY: train test bench lint env lock clean
+.PHONY: train test bench lint env packages dashboard lock clean
 
 train: env  ## Train the recipe; ARGS="steps=2 run_name=try" overrides any field.
 	$(BIN)/unigrpo train $(RECIPE) $(ARGS)
@@ -27,12 +27,20 @@ lint: env
 
 env: $(VENV)/.installed
 
-$(VENV)/.installed: $(LOCK) deploy/locks/tools.txt pyproject.toml
+$(VENV)/.installed: $(VENV)/.packages pyproject.toml
+	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation --no-index -e .
+	touch $@
+
+packages: $(VENV)/.packages  ## What the code needs, without the code: a container's layer that rarely changes.
+
+$(VENV)/.packages: $(LOCK) deploy/locks/tools.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --require-hashes --no-deps -r deploy/locks/tools.txt
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps --require-hashes --compile-bytecode -r $(LOCK)
-	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation --no-index -e .
 	touch $@
+
+dashboard: env  ## Rewrites the Grafana dashboard from the table of metrics.
+	$(BIN)/python -m deploy.dashboard
 
 lock:  ## Rewrites the lock files from pyproject.toml.
 	printf 'uv==0.13.8\n' | $(BIN)/uv pip compile - $(LOCK_FLAGS) -o deploy/locks/tools.txt
