@@ -51,6 +51,7 @@ ROWS = {
     "textgrpo": Row("TextGRPO", ("textgrpo",), (0.8078, 0.88), (0.99, 0.96, 0.87, 0.91, 0.76, 0.84)),
     "two-stage": Row("FlowGRPO, then TextGRPO", ("flowgrpo-think", "textgrpo")),
     "unigrpo": Row("UniGRPO", ("shapes",), (0.8381, 0.90), (0.99, 0.99, 0.91, 0.91, 0.73, 0.86)),
+    "cfg": Row("UniGRPO, CFG in training", ("cfg",)),
     "no-image-gradient": Row("UniGRPO, no image gradient into reasoning", ("no-image-gradient",)),
     "learned-none": Row("Learned reward, no regulariser", ("learned-none",)),
     "learned-latent-kl": Row("Learned reward, latent KL", ("learned-latent-kl",)),

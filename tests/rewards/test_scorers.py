@@ -47,7 +47,9 @@ def test_the_learned_scorer_judges_like_the_detector_on_rendered_scenes() -> Non
 
 
 def test_unknown_name_gets_a_hint() -> None:
-    with pytest.raises(ConfigError, match=r"clip_scor .*did you mean clip_score\?.*clip_score, http, shapes, shapes_learned"):
+    with pytest.raises(
+        ConfigError, match=r"clip_scor .*did you mean clip_score\?.*clip_score, http, shapes, shapes_learned"
+    ):
         scorer_class("clip_scor")
 
 
