@@ -1,4 +1,4 @@
-"""The command line: unigrpo train, sft, eval, generate, report, scale, schema."""
+"""The command line: unigrpo train, plan, sft, eval, generate, report, scale, schema."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="Fields to override,
 def train(
     recipe: Annotated[str | None, typer.Argument(help="Recipe file, or a name in deploy/recipes.")] = None,
     overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option(help="Print config, batch arithmetic and actors; start nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option(help="Print config, batch arithmetic, actors and their memory; start nothing.")
+    ] = False,
+    gpus: Annotated[str | None, typer.Option(help="With --dry-run: GPUs to fit in, e.g. 8xH100-80GB.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue this run directory.")] = None,
 ) -> None:
     """Train with UniGRPO."""
@@ -41,9 +44,10 @@ def train(
     if dry_run:
         from deploy.preflight import check_inputs, describe
 
-        check_inputs(config)
+        check_inputs(config, weights=False)
         typer.echo(to_yaml(config))
         typer.echo(describe(config))
+        _show_plan(config, gpus)
         return
     from deploy.loop import train as run_training
     from deploy.report import write_report
@@ -53,6 +57,26 @@ def train(
         run = run_training(session)
     results = list(run.read_evaluations().values())
     session.progress.summary(results[0], results[-1] if len(results) > 1 else None, write_report(run))
+
+
+@app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="Recipe file, or a name in deploy/recipes.")],
+    overrides: Overrides = None,
+    gpus: Annotated[str | None, typer.Option(help="GPUs to plan for, e.g. 8xH100-80GB.")] = None,
+) -> None:
+    """Predict memory and step time from shapes and stated rates, without weights; exits with 1 if it does not fit."""
+    _show_plan(load_config(recipe, overrides), gpus)
+
+
+def _show_plan(config: TrainConfig, gpus: str | None) -> None:
+    from deploy.devices import parse_gpus
+    from deploy.plan import make_plan
+
+    made = make_plan(config, parse_gpus(gpus) if gpus else None)
+    typer.echo(str(made))
+    if made.faults:
+        raise typer.Exit(1)
 
 
 def _resumed(directory: Path, recipe: str | None, overrides: list[str] | None) -> TrainConfig:

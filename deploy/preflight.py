@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from common.config import ConfigError, TrainConfig, resolve_path
 from common.prompts import evenly, read_prompts
+from common.sizes import is_here
 from common.types import Prompt
 from rewards.scorer import check, scorer_class
 
@@ -51,20 +52,16 @@ def demands(config: TrainConfig, learner_too: bool = True) -> list[Demand]:
     ]
 
 
-def check_inputs(config: TrainConfig) -> Inputs:
-    """Reads prompts, looks at the checkpoint and the scorers. ConfigError or CheckpointError."""
-    from common.flow import image_clip
+def check_inputs(config: TrainConfig, weights: bool = True) -> Inputs:
+    """Reads prompts, looks at the checkpoint and the scorers. ConfigError or CheckpointError.
+
+    weights: False lets a checkpoint be elsewhere; what needs its files (clip, prompt lengths) is then unchecked.
+    """
     from common.policy import outline
 
-    model = outline(config.model)
-    try:
-        rows, cols = model.grid(config.model.height, config.model.width)
-    except ValueError as error:
-        raise ConfigError(f"model.height x model.width: {error}") from error
-    try:
-        image_clip(config.objective.image_clip, rows * cols * model.token_dim)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    model = outline(config.model) if weights or is_here(config.model) else None
+    if model:
+        check_image(config, model)
     check(config.rewards)
     train = read_prompts(resolve_path(config.data.train))
     heldout = read_prompts(resolve_path(config.data.heldout))
@@ -72,7 +69,8 @@ def check_inputs(config: TrainConfig) -> Inputs:
         raise ConfigError(
             f"data.prompts_per_step is {config.data.prompts_per_step} but {config.data.train} has {len(train)} prompts"
         )
-    check_lengths(config, model, [*train, *heldout])
+    if model:
+        check_lengths(config, model, [*train, *heldout])
     for scorer in config.rewards:
         for file, prompts in ((config.data.train, train), (config.data.heldout, heldout)):
             for prompt in prompts:
@@ -83,6 +81,20 @@ def check_inputs(config: TrainConfig) -> Inputs:
                         f"{file}: prompt {prompt.id}: {error} (needed by reward {scorer.name})"
                     ) from error
     return Inputs(train, evenly(heldout, config.evaluation.prompts))
+
+
+def check_image(config: TrainConfig, model: Outline) -> None:
+    """ConfigError for an image size that the model cannot draw, or a clip that is nothing at that size."""
+    from common.flow import image_clip
+
+    try:
+        rows, cols = model.grid(config.model.height, config.model.width)
+    except ValueError as error:
+        raise ConfigError(f"model.height x model.width: {error}") from error
+    try:
+        image_clip(config.objective.image_clip, rows * cols * model.token_dim)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def check_lengths(config: TrainConfig, model: Outline, prompts: list[Prompt]) -> None:

@@ -38,13 +38,14 @@ class LearnerRank:
         self.device = device
         # ZeRO keeps a full copy of the weights on every rank and fills it from the module it is given. A resumed run
         # starts here too: what it trained comes with the masters.
-        self.checkpoint = open_policy(config.model, torch.float32, device)
+        dtype = getattr(torch, config.learner.dtype)
+        self.checkpoint = open_policy(config.model, dtype, device)
         policy, o = self.checkpoint.policy, config.objective
         self.reference = None
         if o.regulariser != "none" or o.text_kl:
             # The checkpoint the run started from. Its parameters keep requires_grad although nothing trains them:
             # torch picks other kernels without it, and the distance of equal weights must be exactly 0.
-            self.reference = open_policy(config.model, getattr(torch, config.learner.dtype), device).policy.eval()
+            self.reference = open_policy(config.model, dtype, device).policy.eval()
         rows, cols = self.checkpoint.grid(config.model.height, config.model.width)
         clip = flow.image_clip(o.image_clip, rows * cols * self.checkpoint.token_dim)
         if config.learner.activation_checkpointing:

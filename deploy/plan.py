@@ -1,0 +1,253 @@
+"""Memory of every actor and time of a step, from a recipe, the policy's configuration files and stated rates.
+
+Nothing is loaded or measured. Memory follows what the actors allocate: vLLM its share of the GPU, the denoiser the
+whole policy, a learner rank the weights, its shard of fp32 masters and AdamW's moments, gradients and activations. Time
+counts operations and bytes at a fraction of the data sheet's rates. Reward actors are not planned.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from common.config import ConfigError, TrainConfig
+from common.sizes import ChainShape, Sizes, describing, is_here, sizes_of
+from deploy.devices import Device, Fleet
+from deploy.preflight import demands
+
+GB = 1e9
+# What large matrix products, and reads of all weights, were seen to reach of a data sheet's rates.
+MATRIX_EFFICIENCY, READ_EFFICIENCY = 0.5, 0.7
+# Most requests that a replica's reasoner decodes at once.
+REASONER_BATCH = 256
+
+
+@dataclass(frozen=True)
+class ActorMemory:
+    """Bytes of one actor by what holds them; share: the part of a device it may use; remarks for people."""
+
+    kind: str
+    count: int
+    share: float
+    parts: dict[str, float]
+    remarks: tuple[str, ...] = ()
+    fault: str = ""
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+
+def number_bytes(dtype: str) -> int:
+    """Bytes of one number."""
+    return 4 if dtype == "float32" else 2
+
+
+def chain_shape(config: TrainConfig, sizes: Sizes, tokens: int | None = None) -> ChainShape:
+    """A chain with the longest prompt allowed, and `tokens` of reasoning or the most allowed, if any."""
+    s = config.sampling
+    scored = (s.max_tokens if tokens is None else tokens) if s.think else 0
+    return ChainShape(
+        s.max_prompt_tokens + scored,
+        scored,
+        sizes.image_tokens(config.model.height, config.model.width),
+        s.window_size,
+    )
+
+
+def rollout_memory(config: TrainConfig, sizes: Sizes, device: Device | None) -> ActorMemory:
+    """One replica; on a GPU vLLM takes gpu_memory_utilization of it, weights and KV cache."""
+    rollout, width = config.rollout, number_bytes(config.rollout.dtype)
+    chain = chain_shape(config, sizes)
+    images = rollout.groups_per_call * config.data.group_size
+    weights = sizes.reasoner * width / rollout.tensor_parallel
+    sequence = chain.text * sizes.kv_numbers * width / rollout.tensor_parallel
+    batch = min(REASONER_BATCH, images)
+    if not rollout.gpus:
+        cache = float(rollout.kv_cache_mb << 20)
+    elif device is None:
+        cache = batch * sequence
+    else:
+        cache = max(0.0, rollout.gpu_memory_utilization * device.memory_gb * GB - weights)
+    fits = int(cache // sequence)
+    remark = f"KV cache holds {fits} of {batch} longest sequences at once" if fits < batch else ""
+    fault = "" if fits else f"vLLM has no room for one sequence of {chain.text} tokens; raise its memory"
+    return ActorMemory(
+        "rollout",
+        rollout.replicas,
+        min(1.0, rollout.gpus),
+        {
+            "denoiser": sizes.denoiser * width,
+            "reasoner": weights,
+            "KV cache": cache,
+            "frozen parts": sizes.frozen * 4,
+            "drawing": images * sizes.drawing_bytes(chain.image, chain.text, width),
+        },
+        (remark,) if remark else (),
+        fault,
+    )
+
+
+def learner_memory(config: TrainConfig, sizes: Sizes) -> ActorMemory:
+    """One rank. ZeRO shards masters and moments over ranks, from stage 2 the gradients, from stage 3 the weights."""
+    learner, width = config.learner, number_bytes(config.learner.dtype)
+    trained, ranks, stage = sum(sizes.trainable.values()), learner.ranks, learner.zero_stage
+    micro = min(learner.chains_per_micro_batch, -(-config.chains_per_step // ranks))
+    activations = micro * sizes.training_bytes(chain_shape(config, sizes), width, learner.activation_checkpointing)
+    # The step turns one role's gradients after the other into fp32; the activations are gone by then.
+    stepping = max(sizes.trainable.values()) * (width + 4) / ranks
+    return ActorMemory(
+        "learner",
+        ranks,
+        min(1.0, learner.gpus),
+        {
+            "weights": sizes.policy * width / (ranks if stage == 3 else 1),
+            "reference": sizes.policy * width if uses_reference(config) else 0.0,
+            "optimizer": trained * 12 / ranks,
+            "gradients": trained * width / (ranks if stage >= 2 else 1),
+            "activations": max(activations, stepping),
+            "frozen parts": sizes.frozen * 4,
+        },
+    )
+
+
+def uses_reference(config: TrainConfig) -> bool:
+    """Whether the learner holds the starting policy, too."""
+    return config.objective.regulariser != "none" or bool(config.objective.text_kl)
+
+
+def actor_memory(config: TrainConfig, sizes: Sizes, device: Device | None = None) -> list[ActorMemory]:
+    """The planned actors of a run."""
+    return [rollout_memory(config, sizes, device), learner_memory(config, sizes)]
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one training step; with staleness, rollout and update of different steps run side by side."""
+
+    reasoning: float
+    drawing: float
+    update: float
+    sync: float
+    overlapped: bool
+
+    @property
+    def total(self) -> float:
+        rollout = self.reasoning + self.drawing
+        return (max(rollout, self.update) if self.overlapped else rollout + self.update) + self.sync
+
+
+def step_time(config: TrainConfig, sizes: Sizes, device: Device, tokens: int | None = None) -> StepTime:
+    """tokens: mean length of the reasoning; without it every reasoning is as long as allowed."""
+    return StepTime(
+        *_rollout_time(config, sizes, device, tokens),
+        _update_time(config, sizes, device, tokens),
+        sum(sizes.trainable.values()) * number_bytes(config.rollout.dtype) / (device.link_gbs * GB * READ_EFFICIENCY),
+        config.max_staleness > 0,
+    )
+
+
+def _rate(device: Device, gpus: float) -> float:
+    return device.tflops * 1e12 * MATRIX_EFFICIENCY * gpus
+
+
+def _rollout_time(config: TrainConfig, sizes: Sizes, device: Device, tokens: int | None) -> tuple[float, float]:
+    """Reasoning and drawing of one replica's chains, one call after the other."""
+    rollout, width = config.rollout, number_bytes(config.rollout.dtype)
+    chain, share = chain_shape(config, sizes, tokens), min(1.0, rollout.gpus)
+    chains = config.chains_per_step / rollout.replicas
+    batch = min(REASONER_BATCH, chains, rollout.groups_per_call * config.data.group_size)
+    tensor = rollout.tensor_parallel
+    read = (sizes.reasoner + batch * chain.text * sizes.kv_numbers) * width / tensor
+    iteration = max(
+        read / (device.bandwidth_gbs * GB * READ_EFFICIENCY),
+        batch * sizes.read_flops(1, 1) / (_rate(device, share) * tensor),
+    )
+    reasoning = chains / batch * chain.scored * (iteration + device.decode_s)
+    steps = config.sampling.points - 1
+    flops = steps * sizes.draw_flops(chain.image, chain.text) + sizes.read_flops(chain.text, 0)
+    return reasoning, chains * flops / _rate(device, share)
+
+
+def _update_time(config: TrainConfig, sizes: Sizes, device: Device, tokens: int | None) -> float:
+    """Forward and backward of every epoch, the old policy's pass where there are several steps, the reference's."""
+    learner, objective = config.learner, config.objective
+    chain = chain_shape(config, sizes, tokens)
+    forward = sizes.read_flops(chain.text, chain.scored) + chain.window * sizes.draw_flops(chain.image, chain.text)
+    passes = objective.epochs * (4 if learner.activation_checkpointing else 3)
+    passes += (objective.epochs * objective.minibatches > 1) + uses_reference(config)
+    return config.chains_per_step / learner.ranks * passes * forward / _rate(device, min(1.0, learner.gpus))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `unigrpo plan` shows."""
+
+    config: TrainConfig
+    memory: list[ActorMemory]
+    fleet: Fleet | None
+    time: StepTime | None
+
+    @property
+    def faults(self) -> list[str]:
+        """Why the run would not fit; empty where it does or where no device is named."""
+        if self.fleet is None:
+            return []
+        asked = sum(demand.count * demand.gpus for demand in demands(self.config))
+        found = []
+        if asked > self.fleet.count + 1e-6:
+            found.append(f"the actors ask for {asked:g} GPUs, there are {self.fleet.count}")
+        for actor in self.memory:
+            room = actor.share * self.fleet.device.memory_gb * GB
+            if actor.share and actor.total > room:
+                found.append(f"{actor.kind} needs {actor.total / GB:.1f} GB and may use {room / GB:.1f} GB of each GPU")
+            if actor.share and actor.fault:
+                found.append(f"{actor.kind}: {actor.fault}")
+        return found
+
+    def __str__(self) -> str:
+        return "\n".join([*self._memory_lines(), *self._time_lines()])
+
+    def _memory_lines(self) -> list[str]:
+        lines = ["memory of one actor, GB"]
+        for actor in self.memory:
+            parts = ", ".join(f"{name} {size / GB:.3g}" for name, size in actor.parts.items() if size)
+            lines += [f"  {actor.count} x {actor.kind}: {actor.total / GB:.3g} = {parts}"]
+            lines += [f"    {remark}" for remark in actor.remarks]
+        if not is_here(self.config.model):
+            lines.append(
+                f"  {self.config.model.path} is not here; sizes are those of {describing(self.config.model.path)}"
+            )
+        if self.fleet is None:
+            return [*lines, "  --gpus COUNTxKIND, e.g. 8xH100-80GB, says whether it fits"]
+        name = f"{self.fleet.count} x {self.fleet.kind}"
+        return [*lines, *([f"does not fit {name}: {fault}" for fault in self.faults] or [f"fits {name}"])]
+
+    def _time_lines(self) -> list[str]:
+        if self.time is None or self.fleet is None:
+            return []
+        t, rollout = self.time, self.time.reasoning + self.time.drawing
+        images = self.config.chains_per_step / rollout / self.config.rollout.replicas
+        return [
+            f"time of a step at {MATRIX_EFFICIENCY:.0%} of the stated matrix rate and {READ_EFFICIENCY:.0%} of the "
+            "bandwidth, every reasoning as long as allowed, rewards left out",
+            f"  {t.total:.3g} s = reasoning {t.reasoning:.3g}, drawing {t.drawing:.3g}, update {t.update:.3g}, "
+            f"weights {t.sync:.2g}{'; rollout and update overlap' if t.overlapped else ''}",
+            f"  {images:.3g} images per second and replica",
+        ]
+
+
+def make_plan(config: TrainConfig, fleet: Fleet | None) -> Plan:
+    """ConfigError or CheckpointError where the policy's configuration is missing or does not fit the recipe."""
+    sizes = sizes_of(config.model)
+    try:
+        sizes.image_tokens(config.model.height, config.model.width)
+    except ValueError as error:
+        raise ConfigError(f"model.height x model.width: {error}") from error
+    on_gpus = fleet is not None and config.rollout.gpus and config.learner.gpus
+    device = fleet.device if fleet else None
+    return Plan(
+        config,
+        actor_memory(config, sizes, device),
+        fleet,
+        step_time(config, sizes, device) if on_gpus and device else None,
+    )
