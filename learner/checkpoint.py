@@ -72,6 +72,8 @@ def verify(directory: Path) -> dict[str, Any]:
     manifest = read_json(directory / MANIFEST)
     for name, digest in manifest.items():
         path = directory / name
+        if not path.resolve().is_relative_to(directory.resolve()):
+            raise CheckpointError(f"{directory / MANIFEST} names {name}, outside the checkpoint; do not trust it")
         if not path.exists() or _digest(path) != digest:
             raise CheckpointError(f"{path} is missing or damaged; resume from an earlier checkpoint")
     return read_json(directory / "state.json")

@@ -163,3 +163,13 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path: Path) -> None:
     assert found is not None and found[1]["step"] == 1
     (tmp_path / "step-000001" / "state.json").unlink()
     assert run_checkpoint.newest_whole(tmp_path) is None
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname"])
+def test_a_manifest_cannot_lead_out_of_its_checkpoint(tmp_path: Path, name: str) -> None:
+    directory = tmp_path / "step-000005"
+    directory.mkdir()
+    (tmp_path / "secret").write_text("x")
+    (directory / "manifest.json").write_text(json.dumps({name: "0" * 64}))
+    with pytest.raises(CheckpointError, match=rf"names {name}, outside the checkpoint"):
+        run_checkpoint.verify(directory)
