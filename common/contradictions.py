@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from common.config import TrainConfig
+
+SECRET = re.compile(r"(?i)(^|_)(key|token|secret|password)$")
 
 
 def contradictions(config: TrainConfig) -> Iterator[str]:
@@ -82,6 +85,13 @@ def _rewards(config: TrainConfig) -> Iterator[str]:
     names = [scorer.name for scorer in config.rewards]
     if len(set(names)) != len(names):
         yield f"rewards names a scorer twice: {', '.join(names)}; give each one entry"
+    for place, scorer in enumerate(config.rewards):
+        for name in (name for name, value in scorer.options.items() if isinstance(value, str) and SECRET.search(name)):
+            # Without the value: messages go to logs.
+            yield (
+                f"rewards.{place}.options.{name} looks like a secret, which config.yaml would show; let the scorer "
+                "read it from an environment variable and give that variable's name"
+            )
 
 
 def _objective(config: TrainConfig) -> Iterator[str]:

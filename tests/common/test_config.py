@@ -289,3 +289,11 @@ def test_the_compute_type_is_what_the_hardware_multiplies(
     config = validate({"rollout": {"gpus": gpus}, "learner": {"gpus": gpus}})
     assert config.rollout.dtype == config.learner.dtype == dtype
     assert validate({"learner": {"dtype": "float32", "gpus": gpus}}).learner.dtype == "float32"
+
+
+@pytest.mark.parametrize("name", ["api_key", "TOKEN", "hf_token", "password"])
+def test_a_secret_in_a_recipe_is_refused_and_not_repeated(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"rewards\.0\.options\.{name} looks like a secret.*environment") as error:
+        validate({"rewards": [{"name": "mine", "options": {name: "s3cret"}}]})
+    assert "s3cret" not in str(error.value)
+    validate({"rewards": [{"name": "mine", "options": {f"{name}_env": "NAME", "keys": "a", "tokens": "b"}}]})
