@@ -1,4 +1,4 @@
-"""The command line: unigrpo train, plan, sft, eval, generate, report, scale, schema."""
+"""The command line: unigrpo train, plan, sft, eval, generate, report, scale, reproduce, chaos, schema."""
 
 from __future__ import annotations
 
@@ -179,6 +179,23 @@ def reproduce(
     chosen = check_rows([row.strip() for row in rows.split(",") if row.strip()])
     plan = Plan(chosen, tuple(map(int, numbers)), steps, tuple(overrides or ()), out or default_out())
     typer.echo(str(run(plan)))
+
+
+@app.command()
+def chaos(
+    recipe: Annotated[str, typer.Argument(help="Recipe file, or a name in deploy/recipes.")] = "shapes",
+    overrides: Overrides = None,
+    kills: Annotated[int, typer.Option(min=1, help="Kills, one per finished step.")] = 10,
+    seed: Annotated[int, typer.Option(help="Seed of what is killed and when.")] = 0,
+    deadline_minutes: Annotated[float, typer.Option(help="When to give up.")] = 120.0,
+) -> None:
+    """Train on a small cluster of this machine while killing actors, nodes and the driver; then look for damage."""
+    from deploy.chaos import OVERRIDES, rage, summary
+
+    config = load_config(recipe, ["run_name=chaos", *OVERRIDES, f"steps={kills + 2}", *(overrides or [])])
+    storm = rage(config, kills, seed, 60 * deadline_minutes, typer.echo)
+    typer.echo(summary(storm, config))
+    raise typer.Exit(bool(storm.problems))
 
 
 @app.command()

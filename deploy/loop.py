@@ -88,12 +88,13 @@ def learn(session: Session, step: int, batch: Batch, clock: Clock) -> tuple[Scor
     with clock("reward"):
         scored = session.rewards.finish(list(tickets.values()))
     staleness = session.version - np.array(batch.versions)
-    scored.total[staleness > session.config.max_staleness] = np.nan
+    stale = staleness > session.config.max_staleness
+    scored.total[stale] = np.nan
     with clock("update"):
         updated = session.learner.update(step, batch.refs, scored.total)
     return scored, updated | {
         "rollout/staleness": float(staleness.mean()),
-        "rollout/stale_groups": float((staleness > session.config.max_staleness).sum()),
+        "rollout/stale_groups": float(stale.sum()),
     }
 
 

@@ -137,8 +137,16 @@ def test_replicas_join_and_leave_a_live_pool(
     joined = pool.replicas[2]
     assert joined.name not in {replica.name for replica in pool.replicas[:2]}
 
+    # Within bounds the pool moves by itself: one that was idle for long leaves.
+    pool.fewest, pool.most = 2, 3
+    assert len(pool.replicas) == 3
+    pool.replicas[2].idle_since = -pool.config.rollout.idle_s
+    until(lambda: len(pool.replicas) == 2)
+
     batch = submit(pool, config)
     until(lambda: all(replica.call is not None for replica in pool.replicas))
+    # Queued work that nobody takes asks for one; it goes, unbuilt, when it is not wanted any more.
+    until(lambda: pool.metrics()["rollout/replicas_wanted"] == 3)
     pool.scale(1)
     found = [ref for _, ref in sorted(batch.arrivals(DEADLINE_S))]
     assert all(same(a, b) for a, b in zip(calm, ray.get(found), strict=True))

@@ -1,0 +1,203 @@
+"""`unigrpo chaos`: a run whose actors, nodes and driver are killed at random, seeded moments, and what is left of it.
+
+A head and a few nodes, each a raylet of its own, come up on this machine; the driver is a process that is started again
+with --resume when it was killed. One kill per finished step, at a random moment of the step after it, so that every
+one must be overcome before the next. At the end `deploy/chaos_check.py` looks for anything lost, done twice or left.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from common.config import REPOSITORY, ConfigError, TrainConfig, to_yaml
+from common.rundir import RunDirectory
+from deploy.chaos_check import check_left, check_run
+from deploy.chaos_cluster import Cluster
+
+KINDS = {"rollout": 0.35, "reward": 0.25, "learner": 0.2, "node": 0.1, "driver": 0.1}
+"""What is killed, and how often once each kind had its turn."""
+OVERRIDES = [
+    "checkpoints.every=2",
+    "recording.rollouts_every=1",
+    "evaluation.prompts=7",
+    "evaluation.images_per_prompt=2",
+    "evaluation.samples=7",
+]
+"""Fields of a chaos run, before the user's own."""
+POLL_S = 0.1
+
+
+@dataclass
+class Kill:
+    """One kill: what, after which step was done, and the seconds until the next step was."""
+
+    kind: str
+    step: int
+    at: float
+    recovered_s: float | None = None
+
+
+@dataclass
+class Storm:
+    """What happened."""
+
+    kills: list[Kill] = field(default_factory=list)
+    drivers: int = 0
+    seconds: float = 0.0
+    problems: list[str] = field(default_factory=list)
+
+
+class Driver:
+    """The training process, which is resumed when it was killed."""
+
+    def __init__(self, config: TrainConfig, scratch: Path, address: str) -> None:
+        self._recipe, self.log = scratch / "recipe.yaml", scratch / "driver.log"
+        self._recipe.write_text(to_yaml(config))
+        self._environment = os.environ | {
+            "RAY_ADDRESS": address,
+            "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
+        }
+        self.starts = 0
+        self._start()
+
+    def _start(self) -> None:
+        self.starts += 1
+        with self.log.open("ab") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "deploy.chaos_driver", str(self._recipe)],
+                env=self._environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+    def kill(self) -> None:
+        """SIGKILL, then a new one."""
+        self.process.kill()
+        self.process.wait()
+        self._start()
+
+    def ended(self) -> bool:
+        """Whether it is done. RuntimeError if it failed by itself: that is a fault that the run did not survive."""
+        if self.process.poll() is None:
+            return False
+        if self.process.returncode:
+            tail = self.log.read_text(errors="replace")[-4000:]
+            raise RuntimeError(f"the driver ended with code {self.process.returncode}:\n{tail}")
+        return True
+
+
+def schedule(kills: int, random: np.random.Generator) -> list[str]:
+    """Every kind once in random order, as far as the kills go; then by weight."""
+    kinds = list(KINDS)
+    first = [str(kind) for kind in random.permutation(kinds)][:kills]
+    return first + [str(kind) for kind in random.choice(kinds, max(0, kills - len(first)), p=list(KINDS.values()))]
+
+
+def rage(config: TrainConfig, kills: int, seed: int, deadline_s: float, say: Callable[[str], None]) -> Storm:
+    """Runs a configuration to its end while killing; what happened and every problem found. RuntimeError if the run
+    ended by itself or not within the deadline."""
+    random, run, storm = np.random.default_rng(seed), RunDirectory(config.directory), Storm()
+    if run.path.exists():
+        raise ConfigError(f"{run.path} exists already; give another run_name")
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="chaos-", dir="/tmp") as scratch, _cluster() as cluster:
+        driver = Driver(config, Path(scratch), cluster.address)
+        try:
+            for kind in schedule(kills, random):
+                step = _wait_for_step(run, driver, storm, began + deadline_s)
+                if step is None:
+                    break
+                time.sleep(float(random.uniform(0, _step_seconds(run))))
+                _kill(kind, cluster, driver, random)
+                storm.kills.append(Kill(kind, step, time.monotonic()))
+                say(f"{time.monotonic() - began:6.0f} s  step {step + 1} of {config.steps} done: {kind} killed")
+            while not driver.ended():
+                _note_recovery(run, storm)
+                _keep_time(began + deadline_s, "the run to end", driver)
+                time.sleep(POLL_S)
+            _note_recovery(run, storm)
+        finally:
+            driver.process.kill()
+            driver.process.wait()
+        storm.drivers, storm.seconds = driver.starts, time.monotonic() - began
+        storm.problems = check_run(run, config) + check_left(run, cluster)
+    _, alive = psutil.wait_procs(cluster.seen, timeout=30)
+    storm.problems += [f"process {process.pid} outlived the cluster" for process in alive]
+    return storm
+
+
+@contextmanager
+def _cluster() -> Iterator[Cluster]:
+    cluster = Cluster()
+    try:
+        yield cluster
+    finally:
+        cluster.close()
+
+
+def _kill(kind: str, cluster: Cluster, driver: Driver, random: np.random.Generator) -> None:
+    if kind == "driver":
+        driver.kill()
+    elif kind == "node":
+        cluster.replace_node(random)
+    else:
+        victims = cluster.actors(kind)
+        os.kill(victims[int(random.integers(len(victims)))].pid, signal.SIGKILL)
+
+
+def _wait_for_step(run: RunDirectory, driver: Driver, storm: Storm, deadline: float) -> int | None:
+    """The last step that is done, once it is one that was not at the last kill; None if the run is over."""
+    before = max((kill.step for kill in storm.kills), default=-1)
+    while not driver.ended():
+        _note_recovery(run, storm)
+        if (step := _last_step(run)) > before:
+            return step
+        _keep_time(deadline, f"step {before + 2} to be done", driver)
+        time.sleep(POLL_S)
+    return None
+
+
+def _note_recovery(run: RunDirectory, storm: Storm) -> None:
+    if storm.kills and storm.kills[-1].recovered_s is None and _last_step(run) > storm.kills[-1].step:
+        storm.kills[-1].recovered_s = time.monotonic() - storm.kills[-1].at
+
+
+def _keep_time(deadline: float, what: str, driver: Driver) -> None:
+    if time.monotonic() > deadline:
+        raise RuntimeError(f"waited too long for {what}:\n{driver.log.read_text(errors='replace')[-4000:]}")
+
+
+def _last_step(run: RunDirectory) -> int:
+    return max((row["step"] for row in run.read_metrics()), default=-1)
+
+
+def _step_seconds(run: RunDirectory) -> float:
+    return float(np.median([row["time/step_s"] for row in run.read_metrics()] or [1.0]))
+
+
+def summary(storm: Storm, config: TrainConfig) -> str:
+    """A Markdown table of the kills, and the verdict."""
+    counts = Counter(kill.kind for kill in storm.kills)
+    lines = ["| killed | times | median s to the next finished step | longest |", "|---|---|---|---|"]
+    for kind in KINDS:
+        waits = [k.recovered_s for k in storm.kills if k.kind == kind and k.recovered_s is not None]
+        middle, longest = (f"{np.median(waits):.1f}", f"{max(waits):.1f}") if waits else ("", "")
+        lines.append(f"| {kind} | {counts[kind]} | {middle} | {longest} |")
+    lines.append(
+        f"\n{len(storm.kills)} kills in {storm.seconds / 60:.1f} minutes, {config.steps} steps, "
+        f"{storm.drivers} drivers, {len(storm.problems)} problems"
+    )
+    return "\n".join([*lines, *(f"- {problem}" for problem in storm.problems)])
