@@ -113,7 +113,7 @@ def rage(config: TrainConfig, kills: int, seed: int, deadline_s: float, say: Cal
     if run.path.exists():
         raise ConfigError(f"{run.path} exists already; give another run_name")
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="chaos-", dir="/tmp") as scratch, _cluster() as cluster:
+    with tempfile.TemporaryDirectory(prefix="chaos-", dir="/tmp") as scratch, _cluster(Path(scratch)) as cluster:
         driver = Driver(config, Path(scratch), cluster.address)
         try:
             for kind in schedule(kills, random):
@@ -133,14 +133,15 @@ def rage(config: TrainConfig, kills: int, seed: int, deadline_s: float, say: Cal
             driver.process.kill()
             driver.process.wait()
         storm.drivers, storm.seconds = driver.starts, time.monotonic() - began
-        storm.problems = check_run(run, config) + check_left(run, cluster)
+        storm.problems = check_run(run, config) + check_left(run, cluster, Path(scratch))
     _, alive = psutil.wait_procs(cluster.seen, timeout=30)
     storm.problems += [f"process {process.pid} outlived the cluster" for process in alive]
     return storm
 
 
 @contextmanager
-def _cluster() -> Iterator[Cluster]:
+def _cluster(scratch: Path) -> Iterator[Cluster]:
+    os.environ["TMPDIR"] = str(scratch)  # so that what is left there is known to be the actors'
     cluster = Cluster()
     try:
         yield cluster

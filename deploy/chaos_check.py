@@ -10,6 +10,7 @@ from common.config import TrainConfig, resolve_path
 from common.prompts import PromptOrder, read_prompts
 from common.records import read_groups
 from common.rundir import RunDirectory
+from common.scratch import PREFIX
 from deploy.chaos_cluster import ACTORS, Cluster, title
 from deploy.requests import training_requests
 from learner import checkpoint as run_checkpoint
@@ -65,13 +66,14 @@ def _check_groups(run: RunDirectory, config: TrainConfig) -> list[str]:
     return problems
 
 
-def check_left(run: RunDirectory, cluster: Cluster) -> list[str]:
+def check_left(run: RunDirectory, cluster: Cluster, temporary: Path) -> list[str]:
     """Problems with what outlives the run: actors, half-written files, shared memory."""
     deadline = time.monotonic() + LINGER_S
     while (alive := [p for kind in ACTORS for p in cluster.actors(kind)]) and time.monotonic() < deadline:
         time.sleep(0.5)
     problems = [f"{title(process)} is still there" for process in alive]
     problems += [f"{path} is half-written" for path in run.path.rglob("*.partial*")]
+    problems += [f"{path} is left" for path in temporary.glob(f"{PREFIX}*")]
     pids = {str(process.pid) for process in cluster.seen}
     for path in Path("/dev/shm").iterdir():
         if pids & set(path.name.replace("-", "_").split("_")):

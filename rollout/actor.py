@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from common.bagel.text import system_prompt
 from common.config import TrainConfig
 from common.policy import Guidance, open_policy
+from common.scratch import scratch
 from common.types import Chain, Group, ImageSegment, RolloutRequest, RolloutStats, TextSegment, WeightManifest
 from common.weights import checksum_of, unpack
 from rollout.denoiser import Denoiser, Drawing
@@ -53,9 +53,9 @@ class RolloutReplica:
     def _start_reasoner(self) -> Reasoner:
         source = self.checkpoint.reasoner
         limit = self.config.sampling.max_prompt_tokens + self.config.sampling.max_tokens
-        with tempfile.TemporaryDirectory() as scratch:
+        with scratch() as directory:
             if not isinstance(source, Path):
-                described, source = source, Path(scratch) / "reasoner"
+                described, source = source, directory / "reasoner"
                 write_reasoner_dir(source, described, self.checkpoint.policy.reasoning_weights())
             return Reasoner(
                 source,

@@ -7,7 +7,6 @@ The understanding half of the policy is a Qwen2 decoder with q/k/v biases and pe
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from common.scratch import scratch
 from rollout.reasoner_dir import checked_weights, read_config, reasoner_shapes, save_weights, write_reasoner_dir
 from rollout.reasoner_worker import WorkerExtension, prepare_cpu
 
@@ -208,9 +208,9 @@ class Reasoner:
             if self._in_process:
                 self._llm.collective_rpc("load_reasoner_weights", args=(checked,))
             else:
-                memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
-                with tempfile.TemporaryDirectory(dir=memory) as directory:
-                    file = str(Path(directory) / "weights.safetensors")
+                memory = Path("/dev/shm")
+                with scratch(memory if memory.is_dir() else None) as directory:
+                    file = str(directory / "weights.safetensors")
                     save_weights(checked, file)
                     self._llm.collective_rpc("load_reasoner_weights", args=(file,))
         finally:
