@@ -117,13 +117,13 @@ def rage(config: TrainConfig, kills: int, seed: int, deadline_s: float, say: Cal
         driver = Driver(config, Path(scratch), cluster.address)
         try:
             for kind in schedule(kills, random):
-                step = _wait_for_step(run, driver, storm, began + deadline_s)
-                if step is None:
+                if not _get_on(run, driver, storm, began + deadline_s):
                     break
                 time.sleep(float(random.uniform(0, _step_seconds(run))))
+                storm.kills.append(Kill(kind, _last_step(run), time.monotonic()))
                 _kill(kind, cluster, driver, random)
-                storm.kills.append(Kill(kind, step, time.monotonic()))
-                say(f"{time.monotonic() - began:6.0f} s  step {step + 1} of {config.steps} done: {kind} killed")
+                done = storm.kills[-1].step + 1
+                say(f"{time.monotonic() - began:6.0f} s  step {done} of {config.steps} done: {kind} killed")
             while not driver.ended():
                 _note_recovery(run, storm)
                 _keep_time(began + deadline_s, "the run to end", driver)
@@ -159,16 +159,16 @@ def _kill(kind: str, cluster: Cluster, driver: Driver, random: np.random.Generat
         os.kill(victims[int(random.integers(len(victims)))].pid, signal.SIGKILL)
 
 
-def _wait_for_step(run: RunDirectory, driver: Driver, storm: Storm, deadline: float) -> int | None:
-    """The last step that is done, once it is one that was not at the last kill; None if the run is over."""
-    before = max((kill.step for kill in storm.kills), default=-1)
+def _get_on(run: RunDirectory, driver: Driver, storm: Storm, deadline: float) -> bool:
+    """Waits until a step is done that was not at the last kill; False if the run is over."""
+    before = storm.kills[-1].step if storm.kills else -1
     while not driver.ended():
         _note_recovery(run, storm)
-        if (step := _last_step(run)) > before:
-            return step
+        if _last_step(run) > before:
+            return True
         _keep_time(deadline, f"step {before + 2} to be done", driver)
         time.sleep(POLL_S)
-    return None
+    return False
 
 
 def _note_recovery(run: RunDirectory, storm: Storm) -> None:
