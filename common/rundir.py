@@ -141,6 +141,14 @@ class RunDirectory:
             raise ConfigError(f"{self.path} has no config.yaml, so it is not a run directory; give another path")
         return self
 
+    def clear_partial(self, folder: Path | None = None) -> None:
+        """Removes what killed processes left half-written, in a folder or everywhere. Only while nobody writes."""
+        for left in list((folder or self.path).rglob("*.partial")):
+            if left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink(missing_ok=True)
+
     def write_json(self, path: str | Path, value: Any) -> Path:
         """Writes JSON atomically, at `path` under the run directory (an absolute path stays as it is)."""
         target = self.path / path

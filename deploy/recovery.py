@@ -49,6 +49,7 @@ class Recovery:
         path, step = (found[0], int(found[1]["step"])) if found else (None, 0)
         session.progress.phase(f"the learner was lost; it goes on from step {step}")
         session.learner.rebuild(path)
+        session.run.clear_partial(session.run.rollouts)
         session.learner.wait_ready()
         session.trackers.rewind(step)
         return step

@@ -119,7 +119,7 @@ def open_session(config: TrainConfig, resume: bool = False) -> Iterator[Session]
     run = RunDirectory(config.directory)
     checkpoint, first = None, 0
     if resume:
-        run.open()
+        run.open().clear_partial()
         if found := run_checkpoint.newest_whole(run.checkpoints):
             checkpoint, first = found[0], int(found[1]["step"])
             if run_checkpoint.identity(resolve_path(config.model.path)) != found[1]["reference"]:

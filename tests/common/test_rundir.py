@@ -122,3 +122,17 @@ def test_evaluations_are_read_in_order_of_steps(run: RunDirectory) -> None:
         run.write_json(run.evaluation_file(step), {"step": step})
     (run.evaluations / "notes.json").write_text("nothing")
     assert list(run.read_evaluations().items()) == [(s, {"step": s}) for s in (0, 40, 1_000_000)]
+
+
+def test_what_killed_writers_left_is_cleared(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "r").create("steps: 1\n")
+    run.write_json(run.evaluation_file(1), {})
+    whole = set(run.path.rglob("*"))
+    run.rollouts.mkdir()
+    for left in (run.path / ".metrics.jsonl.7.partial", run.rollouts / ".step-000001-rank0.parquet.8.partial"):
+        left.write_text("half")
+    (run.checkpoint(1).with_name("step-000001.partial") / "policy").mkdir(parents=True)
+    run.clear_partial(run.rollouts)
+    assert not list(run.rollouts.iterdir()) and len(list(run.path.rglob("*.partial"))) == 2
+    run.clear_partial()
+    assert set(run.path.rglob("*")) == whole | {run.rollouts, run.checkpoints}
