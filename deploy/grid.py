@@ -13,21 +13,20 @@ from PIL import Image, ImageDraw, ImageFont
 
 from deploy.evaluation import Sample
 
-CELL, GAP, FONT_SIZE, LINE = 176, 12, 11, 14  # px
+CELL, GAP, FONT_SIZE, LINE, CHARACTER = 176, 12, 11, 14, 6.5  # px; characters are so wide on average
 RIGHT, WRONG, INK = "#137a3f", "#b3261e", "#1b1f24"
 
 
 def sample_grid(samples: Sequence[Sample], images_per_prompt: int = 4) -> Image.Image:
     """Samples with a png, in their order; a right image has a green frame, a wrong one a red one, one that was not
     scored none. ValueError without samples."""
-    rows = [list(of)[:images_per_prompt] for _, of in groupby(samples, key=lambda s: (s.tag, s.prompt)) if of]
+    rows = [list(of)[:images_per_prompt] for _, of in groupby(samples, key=lambda s: (s.tag, s.prompt))]
     if not rows:
         raise ValueError("there are no samples to draw; raise evaluation.samples")
     font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", FONT_SIZE)
     columns = max(map(len, rows))
-    title_width = (columns * (CELL + GAP)) // 7  # characters of this font are about 7 px wide
-    titles = [textwrap.wrap(f"{row[0].prompt}  [{row[0].tag}]", title_width) for row in rows]
-    texts = [[textwrap.wrap(sample.reasoning, CELL // 6) for sample in row] for row in rows]
+    titles = [_wrapped(f"{row[0].prompt}  [{row[0].tag}]", columns * (CELL + GAP)) for row in rows]
+    texts = [[_wrapped(sample.reasoning, CELL) for sample in row] for row in rows]
     heights = [
         LINE * (len(title) + max(map(len, of_row))) + CELL + 3 * GAP
         for title, of_row in zip(titles, texts, strict=True)
@@ -46,6 +45,11 @@ def sample_grid(samples: Sequence[Sample], images_per_prompt: int = 4) -> Image.
             pen.text((left, below + CELL + GAP // 2), "\n".join(text), INK, font, spacing=LINE - FONT_SIZE)
         top += height
     return canvas
+
+
+def _wrapped(text: str, width: float) -> list[str]:
+    """Lines of at most `width` px, about."""
+    return textwrap.wrap(text, int(width / CHARACTER))
 
 
 def _frame(sample: Sample) -> str:

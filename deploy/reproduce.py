@@ -75,17 +75,23 @@ class Plan:
 
 
 def reproduce(plan: Plan) -> Path:
-    """Runs the cells that are missing and writes the page after each. ConfigError for a cell or an unfinished run that
-    was made of something else."""
+    """Runs the cells that are missing, one seed of all rows after the other, and writes the page after each.
+
+    ConfigError for a cell or an unfinished run that was made of something else; of cells, before any is run.
+    """
     from deploy.reproduction_page import write_page
 
-    for row in plan.rows:
-        for seed in seeds_of(plan, row):
-            if finished(plan, row, seed) is None:
-                cell = run_cell(plan, row, seed)
-                with replacing(plan.cell_file(row, seed)) as aside:
-                    aside.write_bytes(dump_json(cell) + b"\n")
-                write_page(plan.out)
+    missing = [
+        (row, seed)
+        for seed in plan.seeds
+        for row in plan.rows
+        if seed in seeds_of(plan, row) and finished(plan, row, seed) is None
+    ]
+    for row, seed in missing:
+        cell = run_cell(plan, row, seed)
+        with replacing(plan.cell_file(row, seed)) as aside:
+            aside.write_bytes(dump_json(cell) + b"\n")
+        write_page(plan.out)
     return write_page(plan.out)
 
 
