@@ -212,9 +212,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         app()
-    except (ConfigError, ValueError) as error:
-        if not isinstance(error, ConfigError) and type(error).__name__ != "CheckpointError":
-            raise
+    except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except NonFiniteError as error:

@@ -18,8 +18,8 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from common.bagel.checkpoint import read_tensors
 from common.bagel.config import CheckpointError, read_json
+from common.bagel.tensors import read_tensors
 from common.policy import OpenPolicy
 
 log = logging.getLogger(__name__)

@@ -80,4 +80,4 @@ def create(
     chat = ChatTokenizer(tokenizer, *(number for number in specials.values() if number is not None))
     policy = BagelPolicy(config, (chat.vision_start, chat.vision_end))
     policy.init_weights(seed)
-    store.save(store.Checkpoint(policy, vae, chat, config, out), out)
+    store.save(store.Checkpoint(policy, vae, chat, config), out)

@@ -4,42 +4,41 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from common.bagel import vae as vae_ops
 from common.bagel.cfg import Branches, guided_velocity
-from common.bagel.config import BagelConfig, CheckpointError, read_json
+from common.bagel.config import BagelConfig, CheckpointError
 from common.bagel.decoder import Context
 from common.bagel.policy import BagelPolicy, PackedBatch, pack_batch
+from common.bagel.tensors import SHARD_BYTES, TensorFiles, write_tensors
 from common.bagel.text import ChatTokenizer
 from common.bagel.vae import build_vae, from_diffusers, to_diffusers
 from common.config import Cfg
 from common.policy import Guidance, OpenPolicy
 
 WEIGHTS, AUTOENCODER = "ema.safetensors", "ae.safetensors"
-# Image understanding takes no part in prompt -> reasoning -> image.
-UNUSED = ("vit_model.", "connector.", "vit_pos_embed.")
+HEAD, EMBEDDING = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
 class Checkpoint(OpenPolicy):
-    """Everything a directory holds: the policy, the frozen autoencoder, the tokenizer, and where it came from."""
+    """Everything a directory holds: the policy, the frozen autoencoder, the tokenizer, and what is only passed on:
+    tensors that the policy does not use (memory-mapped, so in no memory until they are saved) and small files."""
 
     policy: BagelPolicy
     vae: AutoencoderKL
     chat: ChatTokenizer
     config: BagelConfig
-    directory: Path
+    carried: Mapping[str, Tensor] = field(default_factory=dict)
+    extras: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def token_dim(self) -> int:
@@ -47,7 +46,8 @@ class Checkpoint(OpenPolicy):
 
     @property
     def reasoner(self) -> dict[str, Any]:
-        return read_json(self.directory / "llm_config.json") | {"vocab_size": self.config.llm_config.vocab_size}
+        stated = json.loads(self.extras.get("llm_config.json", b"{}"))
+        return stated | self.config.llm_config.model_dump(mode="json")
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         return self.config.grid(height, width)
@@ -101,90 +101,104 @@ class Checkpoint(OpenPolicy):
         save(self, directory, weights)
 
 
-@contextmanager
-def opened(path: Path) -> Iterator[Any]:
-    """A safetensors file, memory-mapped. CheckpointError if it is missing or truncated."""
-    if not path.exists():
-        raise CheckpointError(f"{path} is missing; a checkpoint in BAGEL's layout has it")
-    try:
-        with safe_open(path, "pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is truncated or not a safetensors file ({error}); copy it again") from error
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file. CheckpointError if missing or truncated."""
-    with opened(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-
-
-def check_tensors(path: Path, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    """CheckpointError naming the first missing, extra or misshapen tensor."""
-    missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
-    if missing:
-        raise CheckpointError(f"{path}: tensor {missing[0]} is missing ({len(missing)} missing in all)")
-    if extra:
-        raise CheckpointError(f"{path}: tensor {extra[0]} is not part of the configured model ({len(extra)} extra)")
-    for name, tensor in wanted.items():
-        if found[name].shape != tensor.shape:
-            raise CheckpointError(
-                f"{path}: tensor {name} has shape {tuple(found[name].shape)}, the config says {tuple(tensor.shape)}"
-            )
+def layout(config: BagelConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of everything in the weights of such a checkpoint."""
+    with torch.device("meta"):
+        policy = BagelPolicy(config, (0, 0), understanding=config.understands_images)
+    return {name: tuple(tensor.shape) for name, tensor in policy.state_dict().items()}
 
 
 def check(directory: Path) -> BagelConfig:
-    """Cheap look at a checkpoint before anything starts: files, sizes, tokenizer; reads headers, not tensors."""
+    """Cheap look at a checkpoint before anything starts: files, sizes, tokenizer, and the header of every tensor.
+
+    Raises CheckpointError naming the file and the tensor or field.
+    """
     if not directory.is_dir():
         raise CheckpointError(f"model: {directory} is not a directory; give the path of a checkpoint")
     config = BagelConfig.read(directory)
     ChatTokenizer.read(directory, config.llm_config.vocab_size)
-    for name in (WEIGHTS, AUTOENCODER):
-        with opened(directory / name):
-            pass  # opening reads the header
+    _checked_files(directory, config)
     return config
 
 
-def load(directory: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Checkpoint:
-    """Loads a checkpoint. Raises CheckpointError; nothing is returned half loaded."""
+def _checked_files(directory: Path, config: BagelConfig) -> tuple[TensorFiles, TensorFiles]:
+    """The policy's files and the autoencoder's, whose headers are as the config says."""
+    weights = TensorFiles.find(directory, WEIGHTS, "model.safetensors")
+    wanted = layout(config)
+    if config.llm_config.tie_word_embeddings and HEAD not in weights.shapes:
+        del wanted[HEAD]
+    weights.check(wanted)
+    autoencoder = TensorFiles.find(directory, AUTOENCODER)
+    with torch.device("meta"):
+        vae = build_vae(config.vae_config).state_dict()
+    autoencoder.check({k: tuple(v.shape) for k, v in from_diffusers(vae, len(config.vae_config.ch_mult)).items()})
+    return weights, autoencoder
+
+
+def load(
+    directory: Path, dtype: torch.dtype = torch.float32, device: str = "cpu", understanding: bool = False
+) -> Checkpoint:
+    """Loads a checkpoint, tensor by tensor from the memory map to where it stays. understanding: with the tower that
+    sees images, frozen; otherwise its tensors stay on disk, and `save` copies them from there.
+
+    Raises CheckpointError; every header is checked before the first tensor is read, and nothing is half loaded.
+    """
     config = BagelConfig.read(directory)
     chat = ChatTokenizer.read(directory, config.llm_config.vocab_size)
+    weights, autoencoder = _checked_files(directory, config)
+    if understanding and not config.understands_images:
+        raise CheckpointError(f"{directory}/config.json has no vit_config; this checkpoint does not understand images")
     with torch.device("meta"):
-        policy = BagelPolicy(config, (chat.vision_start, chat.vision_end))
-    found = {k: v for k, v in read_tensors(directory / WEIGHTS).items() if not k.startswith(UNUSED)}
-    wanted = policy.state_dict()
-    embedding = found.get("language_model.model.embed_tokens.weight")
-    if config.llm_config.tie_word_embeddings and embedding is not None:
-        found.setdefault("language_model.lm_head.weight", embedding)
-    check_tensors(directory / WEIGHTS, found, wanted)
-    policy.load_state_dict({k: v.to(device, dtype, copy=True) for k, v in found.items()}, assign=True)
-    policy.latent_pos_embed.pos_embed.requires_grad_(False)
+        policy = BagelPolicy(config, (chat.vision_start, chat.vision_end), understanding)
+    own = [name for name in policy.state_dict() if name in weights.files]
+    tensors = {name: tensor.to(device, dtype, copy=True) for name, tensor in weights.read(own)}
+    if config.llm_config.tie_word_embeddings:
+        tensors[HEAD] = tensors[EMBEDDING]
+    policy.load_state_dict(tensors, assign=True)
     if config.llm_config.tie_word_embeddings:
         # Assigning tensors by name has made two parameters of one.
         policy.language_model.lm_head.weight = policy.language_model.model.embed_tokens.weight
-    vae = build_vae(config.vae_config)
-    levels = len(config.vae_config.ch_mult)
-    weights = read_tensors(directory / AUTOENCODER)
-    check_tensors(directory / AUTOENCODER, weights, from_diffusers(vae.state_dict(), levels))
-    vae.load_state_dict(to_diffusers(weights, levels))
-    vae.requires_grad_(False).eval().to(device)
-    return Checkpoint(policy, vae, chat, config, directory)
+    with torch.device("meta"):
+        vae = build_vae(config.vae_config)
+    renamed = to_diffusers(dict(autoencoder.read(autoencoder.files)), len(config.vae_config.ch_mult))
+    vae.load_state_dict({k: v.to(device, torch.float32, copy=True) for k, v in renamed.items()}, assign=True)
+    vae.requires_grad_(False).eval()
+    carried = dict(weights.read(weights.shapes.keys() - set(own)))
+    return Checkpoint(policy, vae, chat, config, carried, _extras(directory))
 
 
-def save(checkpoint: Checkpoint, directory: Path, weights: dict[str, Tensor] | None = None) -> None:
-    """Writes the layout to a new directory: aside first, then renamed. weights replaces the policy's own."""
+def _extras(directory: Path) -> dict[str, bytes]:
+    """The small files beside the weights: configs, tokenizer, model card."""
+    files = (
+        file for file in directory.iterdir() if file.is_file() and file.suffix in {".json", ".txt", ".md", ".jinja"}
+    )
+    return {file.name: file.read_bytes() for file in files if not file.name.endswith(".index.json")}
+
+
+def save(
+    checkpoint: Checkpoint,
+    directory: Path,
+    weights: Mapping[str, Tensor] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes the layout to a new directory: aside first, then renamed. weights replaces the policy's own; above
+    shard_bytes they are written as shards."""
     aside = directory.with_name(directory.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    tensors = weights or checkpoint.policy.state_dict()
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, aside / WEIGHTS)
+    tensors = {**checkpoint.carried, **(weights or checkpoint.policy.state_dict())}
+    if checkpoint.config.llm_config.tie_word_embeddings:
+        tensors.pop(HEAD, None)
+    write_tensors(tensors, aside / WEIGHTS, shard_bytes)
     levels = len(checkpoint.config.vae_config.ch_mult)
-    save_file(from_diffusers(checkpoint.vae.state_dict(), levels), aside / AUTOENCODER)
-    config = _release_config(checkpoint.config)
-    (aside / "config.json").write_text(json.dumps(config, indent=2))
-    (aside / "llm_config.json").write_text(json.dumps(config["llm_config"], indent=2))
-    checkpoint.chat.tokenizer.save(str(aside / "tokenizer.json"))
-    _copy_extras(checkpoint.directory, aside)
+    write_tensors(from_diffusers(checkpoint.vae.state_dict(), levels), aside / AUTOENCODER, shard_bytes)
+    for name, content in checkpoint.extras.items():
+        (aside / name).write_bytes(content)
+    if not checkpoint.extras:
+        config = _release_config(checkpoint.config)
+        for name, data in (("config", config), ("llm_config", config["llm_config"])):
+            (aside / f"{name}.json").write_text(json.dumps(data, indent=2))
+        checkpoint.chat.tokenizer.save(str(aside / "tokenizer.json"))
     for file in aside.iterdir():
         file.chmod(0o644)
     if directory.exists():
@@ -193,14 +207,6 @@ def save(checkpoint: Checkpoint, directory: Path, weights: dict[str, Tensor] | N
 
 
 def _release_config(config: BagelConfig) -> dict[str, Any]:
-    data = config.model_dump(mode="json")
-    llm = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", **data["llm_config"]}
+    data = config.model_dump(mode="json", exclude_none=True)
+    llm = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **data["llm_config"]}
     return {"architectures": ["BagelForConditionalGeneration"], "model_type": "bagel", **data, "llm_config": llm}
-
-
-def _copy_extras(source: Path, target: Path) -> None:
-    """Files beside the weights that are not rewritten (tokenizer settings, model card)."""
-    if source.is_dir():
-        for file in source.iterdir():
-            if file.is_file() and file.suffix in {".json", ".txt", ".md"} and not (target / file.name).exists():
-                shutil.copy(file, target / file.name)

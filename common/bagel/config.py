@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from common.config import ConfigError
 
-class CheckpointError(ValueError):
+
+class CheckpointError(ConfigError):
     """A checkpoint that cannot be used; the message names the file, the entry and the remedy."""
 
 
@@ -33,6 +35,10 @@ class LLMConfig(_Sizes):
     qk_norm: bool = True
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 32768
+    # Stated by released configs; other values would compute something else.
+    hidden_act: Literal["silu"] = "silu"
+    rope_scaling: None = None
+    use_sliding_window: Literal[False] = False
 
     @model_validator(mode="before")
     @classmethod
@@ -53,6 +59,34 @@ class LLMConfig(_Sizes):
         return self
 
 
+class ViTConfig(_Sizes):
+    """Shape of the SigLIP tower (vit_config.json). num_hidden_layers counts SigLIP's last layer, which BAGEL leaves
+    out."""
+
+    hidden_size: int = Field(gt=0)
+    num_hidden_layers: int = Field(gt=1)
+    num_attention_heads: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0)
+    patch_size: int = Field(gt=0)
+    image_size: int = Field(gt=0)
+    num_channels: int = 3
+    layer_norm_eps: float = 1e-6
+    hidden_act: Literal["gelu_pytorch_tanh"] = "gelu_pytorch_tanh"
+
+    @model_validator(mode="after")
+    def _check(self) -> ViTConfig:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}"
+            )
+        return self
+
+    @property
+    def patch_dim(self) -> int:
+        """Numbers in one patch (patch * patch * channels)."""
+        return self.patch_size**2 * self.num_channels
+
+
 class VAEConfig(_Sizes):
     """Geometry of the FLUX-style autoencoder. The defaults are the released one's, whose config.json omits most."""
 
@@ -65,6 +99,16 @@ class VAEConfig(_Sizes):
     scale_factor: float = 0.3611
     shift_factor: float = 0.1159
 
+    @model_validator(mode="before")
+    @classmethod
+    def _check_downsample(cls, data: Any) -> Any:
+        """The release states the factor as well as what it follows from."""
+        if isinstance(data, dict) and isinstance(data.get("downsample"), int):
+            levels = data.get("ch_mult", cls.model_fields["ch_mult"].default)
+            if data["downsample"] != 2 ** (len(levels) - 1):
+                raise ValueError(f"downsample={data['downsample']} is not what {len(levels)} levels in ch_mult give")
+        return data
+
     @property
     def downsample(self) -> int:
         """Pixels per latent along one side."""
@@ -72,13 +116,23 @@ class VAEConfig(_Sizes):
 
 
 class BagelConfig(_Sizes):
-    """A whole checkpoint: config.json with llm_config.json beside it."""
+    """A whole checkpoint: config.json with llm_config.json and vit_config.json beside it."""
 
     llm_config: LLMConfig
+    vit_config: ViTConfig | None = None
+    visual_und: bool = True
+    vit_max_num_patch_per_side: int = 70
+    connector_act: Literal["gelu_pytorch_tanh"] = "gelu_pytorch_tanh"
+    interpolate_pos: Literal[False] = False
     vae_config: VAEConfig = VAEConfig()
     latent_patch_size: int = 2
     max_latent_size: int = 64
     timestep_shift: float = 1.0
+
+    @property
+    def understands_images(self) -> bool:
+        """Whether the checkpoint has the understanding tower."""
+        return self.visual_und and self.vit_config is not None
 
     @property
     def token_dim(self) -> int:
@@ -104,11 +158,12 @@ class BagelConfig(_Sizes):
 
     @classmethod
     def read(cls, directory: Path) -> BagelConfig:
-        """Reads config.json and llm_config.json. Raises CheckpointError naming file and field."""
+        """Reads the JSON files. Raises CheckpointError naming file and field."""
         data = read_json(directory / "config.json")
-        llm = directory / "llm_config.json"
-        if llm.exists():
-            data["llm_config"] = read_json(llm)
+        for part in ("llm_config", "vit_config"):
+            file = directory / f"{part}.json"
+            if file.exists():
+                data[part] = read_json(file)
         try:
             return cls.model_validate(data)
         except ValidationError as error:

@@ -221,6 +221,30 @@ class Decoder(nn.Module):
             values.append(v)
         return self.norm(x), Context(keys, values, packing.present, packing.lengths)
 
+    def read_interleaved(
+        self, x: Tensor, generation: Tensor, positions: Tensor, packing: Packing, mask: Tensor, after: Tensor
+    ) -> tuple[Tensor, Context]:
+        """Pass over packed documents that hold images, too. x [T, H] embedded tokens, generation [T] bool where the
+        generation expert acts, positions [T], mask [B, L, L] True where a key may be seen, after [B] the rope position
+        behind each document -> hidden [T, H] after each expert's final norm, and the context."""
+        rows = (~generation).nonzero()[:, 0], generation.nonzero()[:, 0]
+        flat = torch.cat(rows).argsort()
+        streams = [x[row] for row in rows]
+        ropes = [Rope.at(positions[row], self.config, x.dtype) for row in rows]
+        keys, values = [], []
+        for layer in cast(Iterable[Layer], self.layers):
+            both = [layer.project(*part) for part in zip(streams, ropes, (UND, GEN), strict=True)]
+            q, k, v = (torch.cat(parts)[flat][packing.index] for parts in zip(*both, strict=True))
+            out = attend(q, k, v, mask=mask[:, None]).flatten(0, 1)[packing.where]
+            streams = [
+                layer.finish(part, out[row], expert)
+                for part, row, expert in zip(streams, rows, (UND, GEN), strict=True)
+            ]
+            keys.append(k)
+            values.append(v)
+        hidden = torch.cat([self.norm(streams[0]), self.norm_moe_gen(streams[1])])[flat]
+        return hidden, Context(keys, values, packing.present, after)
+
     def draw(
         self,
         latents: Tensor,

@@ -16,6 +16,7 @@ from common.bagel import cfg as guidance
 from common.bagel import vae as vae_ops
 from common.bagel.config import BagelConfig, LLMConfig
 from common.bagel.decoder import Context, Decoder, Packing
+from common.bagel.vit import MLP, VisionTower
 from common.config import Cfg
 from common.policy import Policy, PolicyOutput
 
@@ -30,6 +31,12 @@ def sincos_2d(side: int, dim: int) -> Tensor:
     column = line[None].expand(side, side, -1)
     row = line[:, None].expand(side, side, -1)
     return torch.cat([column, row], -1).reshape(side * side, dim).float()
+
+
+def places(grid: tuple[int, int], side: int, device: torch.device) -> Tensor:
+    """Rows [rows * columns] of a position table for the tokens of an image, row-major."""
+    row, col = torch.meshgrid(*(torch.arange(n, device=device) for n in grid), indexing="ij")
+    return (row * side + col).flatten()
 
 
 class TimeEmbedder(nn.Module):
@@ -88,8 +95,8 @@ class PackedBatch:
 class BagelPolicy(Policy):
     """The unified policy. Shapes: M images of N latent tokens with D numbers, H hidden."""
 
-    def __init__(self, config: BagelConfig, markers: tuple[int, int]) -> None:
-        """markers: ids of vision_start and vision_end."""
+    def __init__(self, config: BagelConfig, markers: tuple[int, int], understanding: bool = False) -> None:
+        """markers: ids of vision_start and vision_end; understanding: with the tower that sees images."""
         super().__init__()
         hidden = config.llm_config.hidden_size
         self.config, self.markers = config, markers
@@ -98,6 +105,14 @@ class BagelPolicy(Policy):
         self.vae2llm = nn.Linear(config.token_dim, hidden)
         self.llm2vae = nn.Linear(hidden, config.token_dim)
         self.latent_pos_embed = PositionTable(config.max_latent_size, hidden)
+        self.vit_model = self.connector = self.vit_pos_embed = None
+        if understanding and config.vit_config:
+            self.vit_model = VisionTower(config.vit_config)
+            self.connector = MLP(config.vit_config.hidden_size, hidden, hidden)
+            self.vit_pos_embed = PositionTable(config.vit_max_num_patch_per_side, hidden)
+            # Nothing here trains it; who does asks for its gradients.
+            self.vit_model.requires_grad_(False)
+            self.connector.requires_grad_(False)
 
     def init_weights(self, seed: int) -> None:
         """Random weights for training from nothing: normal(0, 0.02), residual outputs scaled down by depth, zero
@@ -144,6 +159,22 @@ class BagelPolicy(Policy):
         hidden, _ = self.read(batch.ids, batch.packing)
         return list(self.score(hidden[batch.rows], batch.targets)[0].split([len(text) - 1 for text in texts]))
 
+    def embed_latents(self, x_t: Tensor, t: Tensor, grid: tuple[int, int]) -> Tensor:
+        """x_t [M, N, D], t [M] -> what the generation expert reads [M, N, H]."""
+        dtype = self.vae2llm.weight.dtype
+        place = self.latent_pos_embed.pos_embed[places(grid, self.config.max_latent_size, x_t.device)].to(dtype)
+        return self.vae2llm(x_t.to(dtype)) + self.time_embedder(t)[:, None] + place
+
+    def embed_patches(self, pixels: list[Tensor], grids: list[tuple[int, int]]) -> Tensor:
+        """Patches [N, p*p*C] of images -> what the understanding expert reads [sum of N, H]. ValueError if the policy
+        was loaded without its understanding tower."""
+        if self.vit_model is None or self.connector is None or self.vit_pos_embed is None:
+            raise ValueError("this policy is without its understanding tower; load the checkpoint with understanding")
+        at = torch.cat([places(grid, self.config.vit_max_num_patch_per_side, self.device) for grid in grids])
+        packing = Packing.of([len(patches) for patches in pixels], self.device)
+        features = self.vit_model(torch.cat(pixels).to(self.device, self.vae2llm.weight.dtype), at, packing)
+        return self.connector(features) + self.vit_pos_embed.pos_embed[at].to(features.dtype)
+
     def velocity(
         self,
         x_t: Tensor,
@@ -153,10 +184,7 @@ class BagelPolicy(Policy):
         within: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> Tensor:
         """x_t [M, N, D], t [M], context with M rows -> v [M, N, D] fp32 (v = noise - data); within as for `draw`."""
-        dtype = self.vae2llm.weight.dtype
-        row, col = torch.meshgrid(*(torch.arange(n, device=x_t.device) for n in grid), indexing="ij")
-        place = self.latent_pos_embed.pos_embed[(row * self.config.max_latent_size + col).flatten()].to(dtype)
-        latents = self.vae2llm(x_t.to(dtype)) + self.time_embedder(t)[:, None] + place
+        latents = self.embed_latents(x_t, t, grid)
         ids = torch.tensor(self.markers, device=x_t.device)
         markers = self.language_model.model.embed_tokens(ids).expand(x_t.shape[0], -1, -1)
         return self.llm2vae(self.language_model.model.draw(latents, markers, context, within)).float()

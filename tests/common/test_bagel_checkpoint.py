@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from golden_numbers import CHECKPOINT, close, golden
+from golden_numbers import CHECKPOINT, golden
 from safetensors.torch import load_file, save_file
 
 from common.bagel import checkpoint as store
-from common.bagel.checkpoint import AUTOENCODER, UNUSED, WEIGHTS, Checkpoint
+from common.bagel.checkpoint import AUTOENCODER, WEIGHTS, Checkpoint
 from common.bagel.config import CheckpointError
 
 LM_HEAD = "language_model.lm_head.weight"
@@ -38,14 +38,24 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     path.write_text(json.dumps(data))
 
 
-def test_round_trip_is_exact_and_keeps_the_released_names(golden_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    store.save(golden_checkpoint, tmp_path / "saved")
-    for file in (WEIGHTS, AUTOENCODER):
-        released, saved = load_file(CHECKPOINT / file), load_file(tmp_path / "saved" / file)
-        wanted = {name: tensor for name, tensor in released.items() if not name.startswith(UNUSED)}
-        assert saved.keys() == wanted.keys()
-        for name, tensor in wanted.items():
+@pytest.mark.parametrize("understanding", [False, True])
+def test_round_trip_is_exact_and_keeps_the_released_layout(tmp_path: Path, understanding: bool) -> None:
+    """Every file and tensor, whether the policy uses it or not."""
+    source = store.load(CHECKPOINT, understanding=understanding)
+    store.save(source, tmp_path / "saved")
+    assert {path.name for path in (tmp_path / "saved").iterdir()} == {path.name for path in CHECKPOINT.iterdir()}
+    for path in CHECKPOINT.iterdir():
+        if path.suffix != ".safetensors":
+            assert (tmp_path / "saved" / path.name).read_bytes() == path.read_bytes(), path.name
+            continue
+        released, saved = load_file(path), load_file(tmp_path / "saved" / path.name)
+        assert saved.keys() == released.keys()
+        for name, tensor in released.items():
             assert torch.equal(saved[name], tensor), name
+
+
+def test_what_is_loaded_again_is_the_same(golden_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    store.save(golden_checkpoint, tmp_path / "saved")
     loaded = store.load(tmp_path / "saved")
     for name, tensor in golden_checkpoint.policy.state_dict().items():
         assert torch.equal(loaded.policy.state_dict()[name], tensor), name
@@ -82,9 +92,40 @@ def test_frozen_parts_are_frozen(golden_checkpoint: Checkpoint) -> None:
     assert not golden_checkpoint.policy.latent_pos_embed.pos_embed.requires_grad
 
 
-def test_image_understanding_may_be_absent(golden_checkpoint: Checkpoint, copy: Path) -> None:
-    rewrite(copy / WEIGHTS, lambda t: [t.pop(name) for name in list(t) if name.startswith(UNUSED)])
-    close(store.load(copy).policy.vae2llm.weight, golden_checkpoint.policy.vae2llm.weight, atol=0, rtol=0)
+def test_what_the_policy_does_not_use_survives_the_loss_of_its_source(copy: Path, tmp_path: Path) -> None:
+    """A resumed run outlives the checkpoint it came from; what it carries is not in memory, only mapped."""
+    loaded = store.load(copy)
+    shutil.rmtree(copy)
+    store.save(loaded, tmp_path / "saved")
+    released, saved = load_file(CHECKPOINT / WEIGHTS), load_file(tmp_path / "saved" / WEIGHTS)
+    tower = [name for name in released if name not in loaded.policy.state_dict()]
+    assert tower
+    assert all(torch.equal(saved[name], released[name]) for name in tower)
+    assert (tmp_path / "saved/vit_config.json").exists()
+
+
+def test_a_checkpoint_without_image_understanding(copy: Path) -> None:
+    """If the config says so; if it does not, the tensors are missing."""
+    tower = ("vit_model.", "connector.", "vit_pos_embed.")
+    rewrite(copy / WEIGHTS, lambda t: [t.pop(name) for name in list(t) if name.startswith(tower)])
+    with pytest.raises(CheckpointError, match=rf"{WEIGHTS}: tensor connector\.\S+ is missing"):
+        store.load(copy)
+    edit(copy / "config.json", lambda data: data.update(visual_und=False))
+    assert not store.load(copy).carried
+    with pytest.raises(CheckpointError, match="this checkpoint does not understand images"):
+        store.load(copy, understanding=True)
+
+
+def test_a_tied_head_is_one_parameter_and_is_saved_once(copy: Path, tmp_path: Path) -> None:
+    rewrite(copy / WEIGHTS, lambda t: t.pop(LM_HEAD))
+    for file in ("config.json", "llm_config.json"):
+        edit(copy / file, lambda data: data.get("llm_config", data).update(tie_word_embeddings=True))
+    loaded = store.load(copy)
+    model = loaded.policy.language_model
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    store.save(loaded, tmp_path / "saved")
+    assert load_file(tmp_path / "saved" / WEIGHTS).keys() == load_file(copy / WEIGHTS).keys()
+    store.load(tmp_path / "saved")
 
 
 @pytest.mark.parametrize(
@@ -93,8 +134,9 @@ def test_image_understanding_may_be_absent(golden_checkpoint: Checkpoint, copy: 
 def test_missing_extra_and_misshapen_tensors_are_named(copy: Path, file: str, tensor: str) -> None:
     path, whole = copy / file, load_file(copy / file)
     rewrite(path, lambda t: t.pop(tensor))
-    with pytest.raises(CheckpointError, match=rf"{file}: tensor {tensor} is missing"):
-        store.load(copy)
+    for read in (store.load, store.check):
+        with pytest.raises(CheckpointError, match=rf"{file}: tensor {tensor} is missing"):
+            read(copy)
     save_file({**whole, f"{tensor}.more": torch.zeros(1)}, path)
     with pytest.raises(CheckpointError, match=rf"{file}: tensor {tensor}.more is not part"):
         store.load(copy)
@@ -137,7 +179,14 @@ def test_broken_json(copy: Path, file: str, content: bytes) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("hidden_size", None), ("hidden_size", "wide"), ("num_hidden_layers", 0), ("num_key_value_heads", 997)],
+    [
+        ("hidden_size", None),
+        ("hidden_size", "wide"),
+        ("num_hidden_layers", 0),
+        ("num_key_value_heads", 997),
+        ("rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("hidden_act", "gelu"),
+    ],
 )
 def test_sizes_that_cannot_be(copy: Path, key: str, value: Any) -> None:
     edit(copy / "llm_config.json", lambda data: data.update({key: value}))
@@ -149,6 +198,12 @@ def test_sizes_of_another_model(copy: Path) -> None:
     edit(copy / "llm_config.json", lambda data: data.update(num_hidden_layers=data["num_hidden_layers"] + 1))
     with pytest.raises(CheckpointError, match=rf"{WEIGHTS}: tensor language_model\.model\.layers\.\S+ is missing"):
         store.load(copy)
+
+
+def test_a_stated_factor_that_the_levels_do_not_give(copy: Path) -> None:
+    edit(copy / "config.json", lambda data: data["vae_config"].update(downsample=2 * data["vae_config"]["downsample"]))
+    with pytest.raises(CheckpointError, match=r"config\.json: vae_config: .*downsample=\d+ is not what \d levels"):
+        store.check(copy)
 
 
 def test_a_config_that_holds_a_list(copy: Path) -> None:

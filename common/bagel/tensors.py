@@ -1,0 +1,157 @@
+"""Safetensors on disk: one file, or shards with an index, read through a memory map and checked by their headers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from common.bagel.config import CheckpointError, read_json
+
+SHARD_BYTES = 5 << 30
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# What a zip archive (torch.save) and a bare pickle begin with.
+_PICKLED = (b"PK\x03\x04", b"\x80")
+_REMEDY = "convert it to safetensors on the machine that made it"
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file, memory-mapped. CheckpointError if it is missing, truncated or something else."""
+    if not path.exists():
+        raise CheckpointError(f"{path} is missing; a checkpoint in BAGEL's layout has it")
+    with path.open("rb") as file:
+        # A safetensors header is JSON behind its length in 8 bytes, which may look like the start of a pickle.
+        start = file.read(9)
+        if start.startswith(_PICKLED) and start[8:] != b"{":
+            raise CheckpointError(f"{path} is a pickle, which can run code, and is not read; {_REMEDY}")
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is truncated or not a safetensors file ({error}); copy it again") from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of one safetensors file, memory-mapped. CheckpointError if missing or truncated."""
+    with opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+
+@dataclass(frozen=True)
+class TensorFiles:
+    """Tensors by name in one file or several: path is the file or the index that errors name; shapes and files by
+    tensor. Nothing but headers has been read."""
+
+    path: Path
+    shapes: Mapping[str, tuple[int, ...]]
+    files: Mapping[str, Path]
+
+    @classmethod
+    def find(cls, directory: Path, *names: str) -> TensorFiles:
+        """The first of names ("ema.safetensors") that is there, whole or as shards ("ema.safetensors.index.json").
+
+        CheckpointError if none is there, if the index names a file or a tensor that is not, or if a file is damaged.
+        """
+        for name in names:
+            if (directory / name).exists():
+                return cls._of(directory / name, [directory / name])
+            index = directory / f"{name}.index.json"
+            if index.exists():
+                return cls._sharded(index)
+        pickles = sorted(path for path in directory.glob("*") if path.suffix in _PICKLES)
+        if pickles:
+            raise CheckpointError(
+                f"{directory / names[0]} is missing; {pickles[0].name} beside it is a pickle, which can run code, and "
+                f"is not read; {_REMEDY}"
+            )
+        raise CheckpointError(f"{directory / names[0]} is missing; a checkpoint in BAGEL's layout has it")
+
+    @classmethod
+    def _sharded(cls, index: Path) -> TensorFiles:
+        where = read_json(index).get("weight_map")
+        if not isinstance(where, dict) or not where or not all(isinstance(file, str) for file in where.values()):
+            raise CheckpointError(f"{index} has no weight_map from tensors to files; copy it again")
+        for tensor, file in where.items():
+            if Path(file).name != file or Path(file).suffix != ".safetensors":
+                raise CheckpointError(
+                    f"{index}: tensor {tensor} is said to be in {file!r}; shards are safetensors files beside the index"
+                )
+            if not (index.parent / file).exists():
+                raise CheckpointError(f"{index}: shard {file} with tensor {tensor} is missing; copy it again")
+        found = cls._of(index, [index.parent / file for file in sorted(set(where.values()))])
+        for tensor, file in where.items():
+            if found.files.get(tensor) != index.parent / file:
+                raise CheckpointError(f"{index}: tensor {tensor} is not in {file}, where the index says it is")
+        return found
+
+    @classmethod
+    def _of(cls, path: Path, files: list[Path]) -> TensorFiles:
+        shapes: dict[str, tuple[int, ...]] = {}
+        places: dict[str, Path] = {}
+        for file in files:
+            with opened(file) as header:
+                for name in header.keys():  # noqa: SIM118 (not a dict)
+                    if name in places:
+                        raise CheckpointError(f"{path}: tensor {name} is in {places[name].name} and in {file.name}")
+                    shapes[name] = tuple(header.get_slice(name).get_shape())
+                    places[name] = file
+        return cls(path, shapes, places)
+
+    def check(self, wanted: Mapping[str, tuple[int, ...]]) -> None:
+        """CheckpointError naming the first missing, extra or misshapen tensor."""
+        missing, extra = sorted(wanted.keys() - self.shapes.keys()), sorted(self.shapes.keys() - wanted.keys())
+        if missing:
+            raise CheckpointError(f"{self.path}: tensor {missing[0]} is missing ({len(missing)} missing in all)")
+        if extra:
+            raise CheckpointError(
+                f"{self.files[extra[0]]}: tensor {extra[0]} is not part of the configured model ({len(extra)} extra)"
+            )
+        for name, shape in wanted.items():
+            if self.shapes[name] != tuple(shape):
+                raise CheckpointError(
+                    f"{self.files[name]}: tensor {name} has shape {self.shapes[name]}, the config says {tuple(shape)}"
+                )
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Tensors of these names, file by file, each a view of the memory map: copy it, or keep the map alive."""
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.files[name], []).append(name)
+        for path, inside in by_file.items():
+            with opened(path) as file:
+                for name in inside:
+                    yield name, file.get_tensor(name)
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """One file, or, above shard_bytes, shards named after it with an index; one shard at a time is in host memory."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and filled + tensor.nbytes > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += tensor.nbytes
+    files = [path.name]
+    if len(shards) > 1:
+        files = [f"{path.stem}-{i + 1:05d}-of-{len(shards):05d}{path.suffix}" for i in range(len(shards))]
+        index = {
+            "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+            "weight_map": {name: file for file, names in zip(files, shards, strict=True) for name in names},
+        }
+        path.with_name(f"{path.name}.index.json").write_text(json.dumps(index, indent=2))
+    for file, names in zip(files, shards, strict=True):
+        save_file(
+            {name: tensors[name].detach().cpu().contiguous() for name in names},
+            path.with_name(file),
+            metadata={"format": "pt"},
+        )
