@@ -105,4 +105,4 @@ def test_another_seed_gives_another_run(order: PromptOrder) -> None:
 def test_guidance_is_for_evaluation_alone(order: PromptOrder) -> None:
     config = config_with(evaluation={"cfg": {"text_scale": 4.0}})
     assert {request.cfg for request in evaluation_requests(config, order.prompts)} == {config.evaluation.cfg}
-    assert {request.cfg for request in training_requests(config, order, 0)} == {None}
+    assert not any(request.cfg and request.cfg.enabled for request in training_requests(config, order, 0))
