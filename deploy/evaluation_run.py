@@ -27,8 +27,13 @@ from rollout.pool import RolloutError
 
 
 @ray.remote(num_cpus=0)
-def describe(group: Group, pictures: bool) -> list[dict[str, Any]]:
-    """What people want to see of a group; runs beside the data so that no image reaches the driver unasked."""
+def describe(groups: list[ray.ObjectRef], pictured: list[bool]) -> list[list[dict[str, Any]]]:
+    """What people want to see of the groups' chains. One task reads them one by one: no image reaches the driver
+    unasked, and no two of them are in memory together."""
+    return [_about(ray.get(ref), pictures) for ref, pictures in zip(groups, pictured, strict=True)]
+
+
+def _about(group: Group, pictures: bool) -> list[dict[str, Any]]:
     metadata = group.prompt.metadata
     judged = metadata.get("tag") in TAGS
     return [
@@ -52,16 +57,15 @@ def evaluate(session: EvaluationSession, step: int) -> dict[str, Any]:
 
     def read() -> tuple[Scored, list[list[dict[str, Any]]]]:
         tickets: dict[int, Ticket] = {}
-        details: dict[int, Any] = {}
         for place, ref in batch.arrivals(config.rollout.deadline_s):
             tickets[place] = session.rewards.start(ref, batch.sizes[place])
-            details[place] = describe.remote(ref, session.heldout[place].id in shown)
         scored = session.rewards.finish([tickets[place] for place in range(len(tickets))])
+        details = describe.remote(batch.refs, [prompt.id in shown for prompt in session.heldout])
         try:
-            return scored, ray.get([details[place] for place in range(len(details))], timeout=config.rollout.deadline_s)
+            return scored, ray.get(details, timeout=config.rollout.deadline_s)
         except GetTimeoutError as error:
             raise RolloutError(
-                f"the {len(details)} evaluated groups were not described within {config.rollout.deadline_s:.0f} s "
+                f"the {len(tickets)} evaluated groups were not described within {config.rollout.deadline_s:.0f} s "
                 "(rollout.deadline_s); does the cluster still have a node for tasks?"
             ) from error
 
