@@ -230,8 +230,11 @@ class Rollout(Resources):
     """vLLM's KV cache on CPUs."""
     gpu_memory_utilization: Positive = 0.4
     """vLLM's share of a GPU."""
-    transport: Literal["object_store"] = "object_store"
-    """How weights travel."""
+    transport: Literal["object_store", "collective"] = "object_store"
+    """How weights travel: through Ray's object store, each replica by itself, or by broadcast to all replicas at once
+    (NCCL on GPUs, gloo on CPUs), for large models."""
+    bucket_mb: Count = 256
+    """MiB of one bucket of weights; no process holds more than one beside its model."""
     deadline_s: Positive = 600.0
     """Longest wait for one call to a replica."""
 

@@ -6,8 +6,10 @@ numbers, K window steps. Arrays travel through Ray's object store without a copy
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -119,15 +121,41 @@ class Rewards:
 
 
 @dataclass(frozen=True)
-class WeightManifest:
-    """One published version: names with shapes, the dtype of all, a checksum of the bytes, and how many they are."""
+class WeightBucket:
+    """Tensors that travel together, in order: names, shapes and a 64-bit digest of each one's bytes."""
 
-    version: int
-    checksum: str
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
+    digests: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class WeightManifest:
+    """One published version: the dtype of all weights, and the buckets, which hold every weight once."""
+
+    version: int
     dtype: str
-    nbytes: int
+    buckets: tuple[WeightBucket, ...]
+
+    @cached_property
+    def checksum(self) -> str:
+        """One value for the content, whatever the version: of the names, shapes and digests."""
+        return hashlib.blake2b(repr((self.dtype, self.buckets)).encode(), digest_size=16).hexdigest()
+
+    def differences(self, other: WeightManifest) -> list[str]:
+        """Names of the weights that other, of the same layout, holds differently."""
+        pairs = zip(self.buckets, other.buckets, strict=True)
+        return [
+            name
+            for mine, theirs in pairs
+            for name, a, b in zip(mine.names, mine.digests, theirs.digests, strict=True)
+            if a != b
+        ]
+
+    def changed_since(self, before: WeightManifest | None) -> list[int]:
+        """Which buckets whoever holds `before` needs; all of them for None."""
+        have = set(before.buckets) if before and before.dtype == self.dtype else set()
+        return [index for index, bucket in enumerate(self.buckets) if bucket not in have]
 
 
 @dataclass(frozen=True)

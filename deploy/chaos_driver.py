@@ -16,7 +16,7 @@ from deploy.session import Session, open_session
 
 def audit(session: Session) -> dict[str, Any]:
     """The checksums of the learner's weights and of what every replica holds, computed anew from its tensors."""
-    manifest, _ = session.learner.publish()
+    manifest = session.learner.publish().manifest
     wait_s = session.config.rollout.deadline_s
     deadline = time.monotonic() + wait_s
     while session.rollout.serving < session.config.replica_bounds[0] or "loading weights" in _states(session):

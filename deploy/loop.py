@@ -39,7 +39,7 @@ def steps(session: Session, first: int, began: float) -> Iterator[int]:
     """The algorithm; yields each step when it is done."""
     config, run = session.config, session.run
     rollout, learner = session.rollout, session.learner
-    rollout.sync(*learner.publish())
+    rollout.sync(learner.publish())
     if first == 0 and not run.evaluation_file(0).exists():
         evaluate(session, step=0)
 
@@ -55,7 +55,7 @@ def steps(session: Session, first: int, began: float) -> Iterator[int]:
 
         scored, updated = redoing_lost(session, batch, partial(learn, session, step, batch, clock))
         with clock("sync"):
-            rollout.sync(*learner.publish())
+            rollout.sync(learner.publish())
 
         if config.recording.rollouts_every and step % config.recording.rollouts_every == 0:
             learner.record(run.rollout_file(step, 0), batch.refs, scored.total, dict(scored.by_scorer))

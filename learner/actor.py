@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from common.bagel.text import system_prompt
 from common.config import TrainConfig, resolve_path
 from common.policy import open_policy
 from common.records import write_groups
+from common.transport import TransportError
+from common.transport.collective import CollectiveSender
 from common.types import Chain, Group, WeightManifest
-from common.weights import pack
 from learner import checkpoint as run_checkpoint
 from learner.engine import Engine, init_process_group
+from learner.publish import Publisher
 from learner.refl import ReFLUpdater
 from learner.update import MicroBatch, Updater, lay_out, metrics_of, share_out
 
@@ -67,6 +70,9 @@ class LearnerRank:
         )
         parts = self.engine, self.reference, config, clip, self.ranks
         self.updater = ReFLUpdater(self.checkpoint, *parts) if config.algorithm == "refl" else Updater(*parts)
+        self.publisher = Publisher(self.engine, config.rollout.dtype, config.rollout.bucket_mb, rank)
+        self.sender: CollectiveSender | None = None
+        self.sent: WeightManifest | None = None
         self.version = 0
         self.writer = ThreadPoolExecutor(1, "checkpoint")
         self.writing: Future[None] | None = None
@@ -166,12 +172,48 @@ class LearnerRank:
         torch.distributed.all_reduce(values)
         return {k: v / self.ranks if k.startswith(alike) else v for k, v in zip(keys, values.tolist(), strict=True)}
 
-    def publish(self) -> tuple[WeightManifest, NDArray[np.uint8]] | tuple[None, None]:
-        """Rank 0: the current version as manifest and bytes, in the rollout's compute type."""
-        if self.rank:
-            return None, None
-        dtype = getattr(torch, self.config.rollout.dtype)
-        return pack(((name, p) for name, p in self.named), self.version, dtype)
+    def publish(self) -> Iterator[NDArray[np.uint8] | WeightManifest]:
+        """Yields, on rank 0, the bytes of each bucket that changed since the call before, in the rollout's compute
+        type; last, the manifest of the current version."""
+        for flat in self.publisher.changes(self.version):
+            yield flat.cpu().numpy()
+        assert self.publisher.manifest is not None
+        yield self.publisher.manifest
+
+    def manifest(self) -> tuple[WeightManifest, str]:
+        """The current version for `send`, and the address where its receivers meet rank 0 (there only)."""
+        self.sent = self.publisher.manifest
+        for _ in self.publisher.changes(self.version):
+            pass
+        assert self.publisher.manifest is not None
+        if self.rank == 0 and self.sender is None:
+            self.sender = CollectiveSender(torch.device(self.device), self.config.rollout.deadline_s)
+        return self.publisher.manifest, self.sender.address if self.sender else ""
+
+    def send(self, name: str, replicas: int, version: int) -> None:
+        """Broadcasts what the replicas of a round lack of a version; a round of a past version is refused.
+        TransportError on rank 0 if it failed; the ranks stay in step."""
+        manifest = self.publisher.manifest
+        assert manifest is not None
+        needed = torch.zeros(len(manifest.buckets), dtype=torch.int64, device=self.device)
+        failure = None
+        if self.sender:
+            try:
+                if version != self.version or version != manifest.version:
+                    self.sender.refuse(name, f"version {version} is past")
+                    raise TransportError(f"weights version {version} is past")
+                needed[self.sender.meet(name, replicas, manifest, self.sent)] = 1
+            except TransportError as error:
+                failure = error
+        torch.distributed.broadcast(needed, 0)
+        for flat in self.publisher.bytes_of(needed.nonzero()[:, 0].tolist()):
+            if self.sender and failure is None:
+                try:
+                    self.sender.send(flat)
+                except TransportError as error:  # the other ranks go on gathering
+                    failure = error
+        if failure:
+            raise failure
 
     def record(
         self, path: str, refs: list[ray.ObjectRef], rewards: NDArray[np.float64], by_scorer: dict[str, NDArray]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -78,6 +79,16 @@ class Engine:
     @property
     def module(self) -> nn.Module:
         return self.engine.module
+
+    @staticmethod
+    def shape(parameter: nn.Parameter) -> tuple[int, ...]:
+        """A parameter's full shape."""
+        return tuple(parameter.shape)
+
+    @contextmanager
+    def gathered(self, parameters: list[nn.Parameter]) -> Iterator[None]:
+        """Inside, these parameters are whole on every rank (collective)."""
+        yield
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Adds one micro-batch's gradient; `last` marks the one after which `step` follows."""

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 from numpy.typing import NDArray
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from common.config import ConfigError, TrainConfig
 from common.runtime import free_port, thread_env
+from common.transport import Publication
+from common.transport.collective import CollectivePublication
+from common.transport.object_store import ObjectStorePublication
 from common.types import NonFiniteError, WeightManifest
 from learner.actor import LearnerRank
 
@@ -49,11 +55,15 @@ class LearnerGroup:
     def __init__(self, config: TrainConfig, resume: Path | None = None) -> None:
         self.config = config
         self.rebuilds = self.failed_saves = 0
+        self._order = threading.Lock()
         self._start(resume)
 
     def _start(self, resume: Path | None) -> None:
         config, resources = self.config, self.config.learner
         self._room = reserve(resources.ranks, {"CPU": resources.cpus, "GPU": resources.gpus, **resources.custom})
+        self._published: WeightManifest | None = None
+        self._buffers: dict[int, ray.ObjectRef] = {}
+        self._sending: list[ray.ObjectRef] = []
         place = [PlacementGroupSchedulingStrategy(self._room, rank) for rank in range(resources.ranks)]
         self._address = rendezvous.options(scheduling_strategy=place[0]).remote()
         self.ranks: list[Any] = [
@@ -72,7 +82,13 @@ class LearnerGroup:
 
     def _all(self, method: str, *args: Any) -> list[Any]:
         """What every rank returned."""
-        return self._outcomes([getattr(rank, method).remote(*args) for rank in self.ranks], method)
+        return self._outcomes(self._call(method, *args), method)
+
+    def _call(self, method: str, *args: Any, **options: Any) -> list[Any]:
+        """Begins a call on every rank. Calls that meet in collectives reach all ranks in the same order, whichever
+        thread makes them."""
+        with self._order:
+            return [getattr(rank, method).options(**options).remote(*args) for rank in self.ranks]
 
     def _outcomes(self, refs: list[ray.ObjectRef], method: str) -> list[Any]:
         """Waits for one call per rank. The first failure is heard at once: the other ranks may wait for the failed one
@@ -136,10 +152,47 @@ class LearnerGroup:
             )
         return metrics
 
-    def publish(self) -> tuple[WeightManifest, ray.ObjectRef]:
-        """The current weights: manifest, and a reference to their bytes that the driver never opens."""
-        manifest, buffer = self.ranks[0].publish.options(num_returns=2).remote()
-        return self._outcomes([manifest], "publish")[0], buffer
+    def publish(self) -> Publication:
+        """The current weights, for the pool's `sync`; the driver never opens them. LostLearnerError if a bucket takes
+        longer than the deadline."""
+        if self.config.rollout.transport == "collective":
+            manifest, address = self._all("manifest")[0]
+            return CollectivePublication(manifest, address, partial(self._send, manifest.version), self._check_sending)
+        streams = self._call("publish", num_returns="streaming")
+        (*changed, last), *_ = [list(self._items(stream)) for stream in streams]
+        manifest = self._outcomes([last], "publish")[0]
+        for index, buffer in zip(manifest.changed_since(self._published), changed, strict=True):
+            self._buffers[index] = buffer
+        self._published = manifest
+        return ObjectStorePublication(manifest, [self._buffers[index] for index in range(len(manifest.buckets))])
+
+    def _send(self, version: int, name: str, replicas: int) -> None:
+        # Whether it succeeded is heard from the replicas.
+        sending = self._call("send", name, replicas, version)
+        with self._order:
+            self._sending += sending
+
+    def _check_sending(self) -> None:
+        """LostLearnerError if a rank died while it sent."""
+        with self._order:
+            done = ray.wait(self._sending, num_returns=len(self._sending), timeout=0)[0] if self._sending else []
+            self._sending = [ref for ref in self._sending if ref not in done]
+        for ref in done:
+            try:
+                ray.get(ref)
+            except RayActorError as error:
+                raise LostLearnerError(f"learner send: {str(error).strip().splitlines()[-1]}") from error
+            except RayTaskError as error:  # the replicas hear of it too, and the pool has it sent again
+                log.debug("a transfer failed: %s", error.cause)
+
+    def _items(self, stream: ray.ObjectRefGenerator) -> Iterator[ray.ObjectRef]:
+        wait_s = self.config.learner.deadline_s
+        while ray.wait([stream], timeout=wait_s, fetch_local=False)[0]:
+            try:
+                yield next(stream)
+            except StopIteration:
+                return
+        raise LostLearnerError(f"the learner did not publish its next bucket of weights within {wait_s:.0f} s")
 
     def record(
         self, path: Path, groups: list[ray.ObjectRef], rewards: NDArray[np.float64], by_scorer: dict[str, NDArray]

@@ -109,7 +109,7 @@ class Replicas:
             if self._broken is not None:
                 raise self._broken
             self._jobs.append(job)
-            self._changed.notify_all()
+            self._changed.notify()  # any idle replica may take a job that never failed
         return job.future
 
     def close(self) -> None:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from common.bagel.text import system_prompt
 from common.config import TrainConfig
 from common.policy import Guidance, open_policy
 from common.scratch import scratch
+from common.transport import receiver
 from common.types import Chain, Group, ImageSegment, RolloutRequest, RolloutStats, TextSegment, WeightManifest
-from common.weights import checksum_of, unpack
+from common.weights import held_bucket, unpack
 from rollout.denoiser import Denoiser, Drawing
 from rollout.reasoner import Completion, Reasoner, write_reasoner_dir
 
@@ -49,6 +51,9 @@ class RolloutReplica:
         self.system = system_prompt(config.model.system_prompt)
         self.reasoner = self._start_reasoner() if sampling.think else None
         self.version = -1
+        self.held: WeightManifest | None = None
+        self.mixed = False
+        self.receiver = receiver(config, torch.device(device))
 
     def _start_reasoner(self) -> Reasoner:
         source = self.checkpoint.reasoner
@@ -78,26 +83,37 @@ class RolloutReplica:
 
     def checksum(self, manifest: WeightManifest) -> str:
         """The checksum of the weights that this replica holds, computed anew from its tensors."""
-        return checksum_of(self.checkpoint.policy.state_dict(), manifest)
+        return self._holding(manifest).checksum
 
-    def load_weights(self, manifest: WeightManifest, buffer: NDArray[np.uint8]) -> str:
-        """Replaces both copies of the weights and proves it: the checksum of what the denoiser now holds.
+    def _holding(self, manifest: WeightManifest) -> WeightManifest:
+        weights = self.checkpoint.policy.state_dict()
+        return replace(manifest, buckets=tuple(held_bucket(bucket, weights) for bucket in manifest.buckets))
 
-        RuntimeError if vLLM, asked for log-probs of a fixed sequence, does not answer as the denoiser's copy does.
+    def load_weights(self, manifest: WeightManifest, ticket: Any) -> str:
+        """Replaces both copies of the weights, bucket by bucket where they changed, and proves it: the checksum of what
+        the denoiser now holds.
+
+        RuntimeError if a tensor is not the published one, in the denoiser or in vLLM, or if vLLM, asked for log-probs
+        of a fixed sequence, does not answer as the denoiser's copy does. The replica then holds a mixture and
+        generates nothing until a load succeeds.
         """
-        weights = unpack(manifest, buffer)
-        policy = self.checkpoint.policy
-        policy.load_state_dict(weights, strict=False)
+        policy, dtype = self.checkpoint.policy, getattr(torch, manifest.dtype)
+        weights = policy.state_dict()
+        before, self.held, self.mixed = self.held, None, True
+        for index, flat in self.receiver.receive(manifest, before, ticket):
+            for name, tensor in unpack(manifest.buckets[index], flat, dtype):
+                weights[name].copy_(tensor)
         if self.reasoner is not None:
             self.reasoner.load_weights(policy.reasoning_weights())
-            self._probe(self.reasoner, manifest.version)
-        held = checksum_of(policy.state_dict(), manifest)
-        if held != manifest.checksum:
+        held = self._holding(manifest)
+        if wrong := manifest.differences(held):
             raise RuntimeError(
-                f"weights version {manifest.version}: the denoiser holds {held}, not {manifest.checksum}"
+                f"weights version {manifest.version}: the denoiser does not hold {wrong[0]} as it was published"
             )
-        self.version = manifest.version
-        return held
+        if self.reasoner is not None:
+            self._probe(self.reasoner, manifest.version)
+        self.held, self.version, self.mixed = held, manifest.version, False
+        return held.checksum
 
     @torch.no_grad()
     def _probe(self, reasoner: Reasoner, version: int) -> None:
@@ -112,6 +128,8 @@ class RolloutReplica:
 
     def generate(self, requests: list[RolloutRequest]) -> tuple[RolloutStats | Group, ...]:
         """Statistics, then one Group per request, in order."""
+        if self.mixed:
+            raise RuntimeError("the last load of weights failed, so this replica may hold a mixture")
         chat, version = self.checkpoint.chat, self.version
         think = self.config.sampling.think
         prompts = [chat.prompt_ids(request.prompt.text, self.system, think) for request in requests]

@@ -17,9 +17,10 @@ import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from common.config import TrainConfig
-from common.types import RolloutRequest, WeightManifest
+from common.transport import Publication, TransportError
+from common.types import RolloutRequest
 from rollout.batch import Batch, RolloutError, Work
-from rollout.replica import Call, Published, Replica
+from rollout.replica import Call, Replica
 
 log = logging.getLogger(__name__)
 MAX_ERRORS = 3  # of one piece of work
@@ -31,12 +32,13 @@ TICK_S = 0.2
 class RolloutPool:
     """Starts the replicas, hands out work, keeps every replica at the current weights, grows and shrinks."""
 
-    def __init__(self, config: TrainConfig, replicas: int | None = None) -> None:
+    def __init__(self, config: TrainConfig, replicas: int | None = None, replica_type: type[Replica] = Replica) -> None:
         """replicas: how many to start with, rollout.replicas if None."""
-        self.config = config
+        self.config, self._replica_type = config, replica_type
         self.fewest, self.most = config.replica_bounds
         self.replicas: list[Replica] = []
-        self.weights: Published | None = None
+        self.weights: Publication | None = None
+        self._manifest: ray.ObjectRef | None = None
         self.restarts = self.rerun_groups = 0
         self._faults = 0
         self._started = 0
@@ -95,16 +97,15 @@ class RolloutPool:
             self.fewest = self.most = replicas
         self._events.put(None)
 
-    def sync(self, manifest: WeightManifest, buffer: ray.ObjectRef) -> float:
+    def sync(self, weights: Publication) -> float:
         """Publishes a version to every replica and waits until all that serve have acknowledged its checksum; seconds.
 
         A replica that is generating loads the version after the call it is in; one that is lost meanwhile, before it
         works again.
         """
         started = time.monotonic()
-        weights = Published(manifest, buffer)
         with self._changed:
-            self.weights = weights
+            self.weights, self._manifest = weights, ray.put(weights.manifest)
             owing = list(self.replicas)
             self._events.put(None)
 
@@ -115,10 +116,13 @@ class RolloutPool:
 
             # One call may have to end before the load begins; each has its own deadline.
             wait_s = 2 * self.config.rollout.deadline_s + 60
-            if not self._changed.wait_for(lambda: self._broken or acknowledged(), wait_s):
+            while not self._changed.wait_for(lambda: self._broken or acknowledged(), TICK_S):
+                weights.check()
+                if time.monotonic() < started + wait_s:
+                    continue
                 names = ", ".join(replica.name for replica in owing)
                 raise RolloutError(
-                    f"{names} did not acknowledge weights version {manifest.version} within {wait_s:.0f} s "
+                    f"{names} did not acknowledge weights version {weights.manifest.version} within {wait_s:.0f} s "
                     "(twice rollout.deadline_s)"
                 )
             if self._broken:
@@ -169,7 +173,9 @@ class RolloutPool:
         return [r.call.work for r in self.replicas if r.call and r.call.work]
 
     def _add(self) -> None:
-        replica = Replica(self.config, self._started, lambda replica, call: self._events.put((replica, call)))
+        replica = self._replica_type(
+            self.config, self._started, lambda replica, call: self._events.put((replica, call))
+        )
         self._started += 1
         replica.build()
         self.replicas.append(replica)
@@ -216,23 +222,37 @@ class RolloutPool:
             self.replicas.remove(replica)
             replica.end()
         elif replica.serving and self.weights and replica.holds is not self.weights:
-            replica.load(self.weights)
+            self._load(self.weights, replica)
         elif replica.serving and self._queue:
             replica.generate(self._queue.popleft())
+
+    def _load(self, weights: Publication, replica: Replica) -> None:
+        """Sends a version to one replica, or, if all must fetch it together, to all of them once the last is free."""
+        fetching = [replica]
+        if weights.together:
+            fetching = [r for r in self.replicas if r.serving and not r.leaving and r.holds is not weights]
+            if any(r.call for r in fetching):
+                return
+        for fetcher, ticket in zip(fetching, weights.tickets(len(fetching)), strict=True):
+            fetcher.load(weights, self._manifest, ticket)
 
     def _ended(self, replica: Replica, call: Call) -> None:
         replica.call = None
         error = call.future.exception()
+        cause = error.cause if isinstance(error, RayTaskError) else error
         if error is None:
             replica.serving, replica.idle_since = True, time.monotonic()
         if call.work:
             self._generated(replica, call, call.work, error)
-        elif isinstance(error, ObjectLostError):
+        elif isinstance(cause, ObjectLostError):
             # The published bytes died with the learner's node; a rebuilt learner publishes again.
             replica.serving, replica.again_at = False, time.monotonic() + TICK_S
+        elif isinstance(cause, TransportError):
+            log.warning("%s: %s; it is sent again", replica.name, cause)
         elif isinstance(error, RayTaskError):
-            self._wrong(replica, str(error.cause))
+            self._wrong(replica, str(cause))
         elif error is not None:
+            _give_up(call)
             self._lost(replica, error)
         elif call.weights:
             held, wanted = call.future.result(), call.weights.manifest.checksum
@@ -293,6 +313,7 @@ class RolloutPool:
             return
         log.warning("%s did not finish %s within %.0f s; restarting it", replica.name, call.kind, waited)
         replica.call = None
+        _give_up(call)
         self._restart(replica)
         if call.work:
             call.work.deaths += 1
@@ -328,6 +349,11 @@ class RolloutPool:
             for batch in {work.batch for work in [*self._queue, *self._under_way()]}:
                 batch.fail(error)
             self._changed.notify_all()
+
+
+def _give_up(call: Call) -> None:
+    if call.weights:
+        call.weights.give_up(call.ticket)
 
 
 def _state(replica: Replica) -> str:

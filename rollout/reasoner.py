@@ -16,7 +16,7 @@ import torch
 
 from common.scratch import scratch
 from rollout.reasoner_dir import checked_weights, read_config, reasoner_shapes, save_weights, write_reasoner_dir
-from rollout.reasoner_worker import WorkerExtension, prepare_cpu
+from rollout.reasoner_worker import prepare_cpu
 
 __all__ = ["Completion", "Reasoner", "write_reasoner_dir"]
 
@@ -110,7 +110,8 @@ class Reasoner:
                 tensor_parallel_size=tensor_parallel,
                 # After the temperature: the distribution actually sampled from.
                 logprobs_mode="processed_logprobs",
-                worker_extension_cls=f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
+                worker_extension_cls="rollout.weight_engine.WorkerExtension",
+                weight_transfer_config={"backend": "hand_over"},
                 seed=0,
                 use_tqdm_on_load=False,
                 **options,
@@ -199,23 +200,28 @@ class Reasoner:
             weights: exactly the names of ``reasoner_shapes``, each once.
 
         Raises:
-            RuntimeError: if a weight of the model was not given, or one given is not the model's. The engine may then
-                hold a mixture and refuses to generate until a load succeeds.
+            RuntimeError: if a weight of the model was not given, one given is not the model's, or the engine does not
+                hold them afterwards. It may then hold a mixture and refuses to generate until a load succeeds.
         """
         checked = ((name, value.to(self._dtype)) for name, value in checked_weights(weights, self._shapes))
         self._usable = False
         try:
             if self._in_process:
-                self._llm.collective_rpc("load_reasoner_weights", args=(checked,))
+                self._hand_over(list(checked))
             else:
                 memory = Path("/dev/shm")
                 with scratch(memory if memory.is_dir() else None) as directory:
                     file = str(directory / "weights.safetensors")
                     save_weights(checked, file)
-                    self._llm.collective_rpc("load_reasoner_weights", args=(file,))
+                    self._hand_over(file)
         finally:
             self._reset_prefix_cache()
         self._usable = True
+
+    def _hand_over(self, weights: list[tuple[str, torch.Tensor]] | str) -> None:
+        self._llm.start_weight_update()
+        self._llm.update_weights({"update_info": {"weights": weights}})
+        self._llm.finish_weight_update()
 
     def _run(self, prompts: list[list[int]], seeds: list[int], *, max_tokens: int, **params: Any) -> list[Any]:
         """One request for each prompt, in order; ``params`` are further vLLM sampling parameters."""

@@ -1,33 +1,12 @@
-"""The part of the reasoner that runs inside vLLM: how its workers take new weights, and what a CPU needs for that."""
+"""What vLLM needs on a CPU, before it is imported: a quick start, and weights that can be replaced."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
 
 import torch
-from safetensors import safe_open
 
 from common.torchvision_cpu import patch
-
-
-class WorkerExtension:
-    """Methods vLLM adds to each of its workers; ``get_model`` is the worker's own."""
-
-    def load_reasoner_weights(self, source: str | Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Copies weights into the running model.
-
-        Args:
-            source: the weights, or the path of a safetensors file that every worker can read.
-        """
-        model = self.get_model()  # type: ignore[attr-defined]
-        model.load_weights(_read_weights(source) if isinstance(source, str) else source)
-        for module in model.modules():
-            if hasattr(module, "cpu_linear"):
-                # The CPU kernels multiply by a packed copy of the weight, not by the parameter.
-                from vllm.model_executor.layers import utils
-
-                utils.dispatch_cpu_unquantized_gemm(module, remove_weight=False)
 
 
 def prepare_cpu() -> None:
@@ -56,9 +35,3 @@ def prepare_cpu() -> None:
 
     pack_and_keep.keeps_weight = True  # type: ignore[attr-defined]
     utils.dispatch_cpu_unquantized_gemm = pack_and_keep
-
-
-def _read_weights(path: str) -> Iterator[tuple[str, torch.Tensor]]:
-    with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 (not a dict)
-            yield name, file.get_tensor(name)

@@ -14,17 +14,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from common.config import TrainConfig
 from common.runtime import thread_env
-from common.types import WeightManifest
+from common.transport import Publication
 from rollout.actor import RolloutReplica
 from rollout.batch import Work
-
-
-@dataclass(frozen=True, eq=False)
-class Published:
-    """A weight version as the learner published it."""
-
-    manifest: WeightManifest
-    buffer: ray.ObjectRef
 
 
 @dataclass(eq=False)
@@ -37,7 +29,8 @@ class Call:
     started: float = field(default_factory=time.monotonic)
     work: Work | None = None
     refs: list[ray.ObjectRef] = field(default_factory=list)
-    weights: Published | None = None
+    weights: Publication | None = None
+    ticket: Any = None
 
 
 class Replica:
@@ -53,34 +46,37 @@ class Replica:
         asked = {"CPU": resources.cpus, "GPU": resources.gpus * resources.tensor_parallel, **resources.custom}
         # A bundle may not be empty, and an actor may ask for nothing.
         self.asked = {name: amount for name, amount in asked.items() if amount} or {"CPU": 0.001}
-        self.room = placement_group([self.asked], name=f"{config.run_name}-{self.name}")
-        self.handle: Any = (
-            ray.remote(RolloutReplica)
-            .options(
-                name=f"{config.run_name}-{self.name}",
-                num_cpus=resources.cpus,
-                num_gpus=resources.gpus * resources.tensor_parallel,
-                resources=resources.custom,
-                max_restarts=-1,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self.room, 0),
-                runtime_env={"env_vars": thread_env(resources.cpus)},
-            )
-            .remote(config)
-        )
+        self.handle = self.start(config)
         self.call: Call | None = None
-        self.holds: Published | None = None
+        self.holds: Publication | None = None
         self.serving = False  # built, and answered its last call
         self.leaving = False
         self.idle_since = 0.0
         self.again_at = 0.0  # while Ray rebuilds the actor, calls to it fail at once
 
+    def start(self, config: TrainConfig) -> Any:
+        """The actor, in its room."""
+        resources, name = config.rollout, f"{config.run_name}-{self.name}"
+        self.room = placement_group([self.asked], name=name)
+        actor = ray.remote(RolloutReplica).options(
+            name=name,
+            num_cpus=resources.cpus,
+            num_gpus=resources.gpus * resources.tensor_parallel,
+            resources=resources.custom,
+            max_restarts=-1,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self.room, 0),
+            runtime_env={"env_vars": thread_env(resources.cpus)},
+        )
+        return actor.remote(config)
+
     def build(self) -> None:
         """Waits, in the background, until the actor is built."""
         self._begin("build", self.handle.ping.remote())
 
-    def load(self, weights: Published) -> None:
-        """Sends a version."""
-        self._begin("load", self.handle.load_weights.remote(weights.manifest, weights.buffer), weights=weights)
+    def load(self, weights: Publication, manifest: ray.ObjectRef | None, ticket: Any) -> None:
+        """Sends a version. manifest: a reference to its manifest, so that its many names go to each node once."""
+        ref = self.handle.load_weights.remote(manifest, ticket)
+        self._begin("load", ref, weights=weights, ticket=ticket)
 
     def generate(self, work: Work) -> None:
         """Gives out work."""

@@ -12,6 +12,7 @@ from golden_numbers import CHECKPOINT, close
 from common.bagel import checkpoint as store
 from common.bagel.policy import BagelPolicy, PackedBatch, pack_batch
 from learner.engine import Engine
+from learner.publish import Publisher
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -204,3 +205,27 @@ def test_a_dropped_gradient_leaves_nothing_behind() -> None:
     train(engine, range(1, 3))
     train(other, range(1, 3))
     assert changed(untouched, snapshot(policy)) == set()
+
+
+def test_only_what_changed_is_published_again() -> None:
+    """First everything, frozen tensors included; then the buckets whose compute weights differ, and nothing else."""
+    policy = fresh()
+    for name, parameter in policy.named_parameters():
+        # As with adapters: a base that stays, and few tensors that are trained.
+        parameter.requires_grad_("layers.1" in name)
+    engine = make_engine(policy, lr=1e-3)
+    publisher = Publisher(engine, "float32", bucket_mb=64, rank=0)
+    sent = sum(len(flat) for flat in publisher.changes(1))
+    first = publisher.manifest
+    assert first is not None and sent >= 4 * sum(p.numel() for p in policy.parameters())
+    assert [n for b in first.buckets for n in b.names if "layers.1" not in n], "the frozen base travels once"
+
+    assert list(publisher.changes(2)) == [] and publisher.manifest is not None
+    assert (publisher.manifest.version, publisher.manifest.checksum) == (2, first.checksum)
+
+    before = snapshot(policy)
+    train(engine, range(1))
+    sent = sum(len(flat) for flat in publisher.changes(3))
+    assert publisher.manifest.changed_since(first) == [0], "trained tensors lie together"
+    assert set(publisher.manifest.differences(first)) == changed(policy, before) != set()
+    assert sent < 4.1 * sum(p.numel() for p in policy.parameters() if p.requires_grad)

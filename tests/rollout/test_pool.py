@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-import torch
+from published import publish
 
 from common.bagel import checkpoint as store
 from common.config import TrainConfig, load_config, resolve_path
 from common.prompts import PromptOrder, read_prompts
+from common.transport.object_store import ObjectStorePublication
 from common.types import Group
-from common.weights import pack
 from deploy.requests import training_requests
 from rollout.actor import RolloutReplica
 from rollout.pool import Batch, RolloutError, RolloutPool
@@ -45,9 +45,7 @@ def pool(local_ray: None, config: TrainConfig) -> Iterator[RolloutPool]:
     pool = RolloutPool(config)
     pool.wait_ready()
     policy = store.load(resolve_path(config.model.path)).policy
-    named = [pair for pairs in policy.parameter_groups().values() for pair in pairs]
-    manifest, buffer = pack(named, 7, torch.float32)
-    pool.sync(manifest, ray.put(buffer))
+    pool.sync(ObjectStorePublication(*publish(dict(policy.named_parameters()), 7)))
     yield pool
     pool.close()
 

@@ -229,6 +229,25 @@ def test_a_wrong_set_of_weights_is_refused(reasoner: Reasoner, weights: Weights)
     reasoner.generate([[1, 2]], [0], max_tokens=1)
 
 
+def test_weights_that_vllm_did_not_take_are_noticed(
+    reasoner: Reasoner, weights: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
+
+    load = Qwen2ForCausalLM.load_weights
+    other = {name: tensor * 1.1 for name, tensor in weights.items()}
+    for lost in ("self_attn.v_proj.weight", "mlp.up_proj.weight", "embed_tokens.weight", "layernorm.weight"):
+        monkeypatch.setattr(
+            Qwen2ForCausalLM,
+            "load_weights",
+            lambda self, given, lost=lost: load(self, [w for w in given if lost not in w[0]]),
+        )
+        with pytest.raises(RuntimeError, match=f"vLLM does not hold .*{lost}"):
+            reasoner.load_weights(other.items())
+        monkeypatch.undo()
+        reasoner.load_weights(weights.items())
+
+
 def test_arguments_that_cannot_be_served_are_refused(reasoner: Reasoner) -> None:
     refused: list[tuple[list[list[int]], list[int]]] = [([[]], [0]), ([[520]], [0]), ([[1] * 320], [0]), ([[1]], [-1])]
     for prompts, seeds in [*refused, ([[1]], [])]:

@@ -1,0 +1,244 @@
+"""`python -m deploy.control_plane_bench [REPLICAS ...]`: what driving many replicas costs, as a Markdown table.
+
+The driver's code is the real one: rollout pool, batches, requests, weight publications, reward pool and reward actors.
+What stands in for engines is simulated: `SimulatedHost` is one process that plays many replicas, which sleep as long as
+a real one would work and return groups of 24 chains whose arrays have the sizes of the default recipe's;
+`SimulatedScorer` sleeps in a real reward actor. The learner takes no part: a version is a manifest with as many names
+as one of a 7B mixture of transformers, and loading it takes no time.
+
+Efficiency is the makespan of the same jobs, in the same order, on replicas that cost nothing to drive, over the
+measured one. The queueing delay of a replica is the time between the end of a call and the begin of its next, both read
+in the simulated engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import logging
+import os
+import sys
+import time
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+
+from common.bagel.config import BagelConfig
+from common.config import Section, TrainConfig, load_config, resolve_path
+from common.prompts import PromptOrder, read_prompts
+from common.transport.object_store import ObjectStorePublication
+from common.types import Chain, Group, ImageSegment, RolloutRequest, RolloutStats, TextSegment, WeightBucket
+from common.types import WeightManifest as Manifest
+from deploy.requests import training_requests
+from rewards.pool import RewardPool
+from rewards.scorer import Scorer, ScorerOutput
+from rollout.pool import RolloutPool
+from rollout.replica import Replica
+
+SIZES = (8, 64, 256, 1000)
+GROUP, CALL_S, SPREAD = 24, 10.0, 0.2
+ROUNDS, PER_HOST, TENSORS = 4, 250, 1200
+SCORE_S = 0.05
+
+
+def call_seconds(request: RolloutRequest) -> float:
+    """How long a group takes, 10 s and up to 20 % more or less, the same wherever it is made."""
+    return CALL_S * (1 + SPREAD * (2 * (request.seeds[0] % 1009) / 1008 - 1))
+
+
+class SimulatedHost:
+    """Many simulated replicas in one process. Not an engine: it sleeps and returns noise of the right shapes."""
+
+    def __init__(self, tokens: int, latents: tuple[int, int, int], pixels: tuple[int, int, int]) -> None:
+        """latents [K, N, D] of a chain's window."""
+        noise = np.zeros(latents, np.float32)
+        ids, times = np.zeros(tokens, np.int64), np.zeros(latents[0], np.float32)
+        text = TextSegment(ids, ids, np.zeros(tokens, np.float32), True, "", 0)
+        image = ImageSegment(noise, noise, noise, times, times, np.zeros(pixels, np.uint8), (1, latents[1]), 0)
+        self._chain = (text, image)
+        self._calls: dict[int, list[tuple[float, float]]] = {}
+
+    async def ping(self, replica: int) -> int:
+        return -1
+
+    async def load_weights(self, replica: int, manifest: Manifest, ticket: Any) -> str:
+        return manifest.checksum
+
+    async def generate(self, replica: int, requests: list[RolloutRequest]) -> tuple[RolloutStats | Group, ...]:
+        begun = time.monotonic()
+        await asyncio.sleep(sum(map(call_seconds, requests)))
+        groups = [Group(r.prompt, r.step, tuple(self._copy(seed) for seed in r.seeds)) for r in requests]
+        self._calls.setdefault(replica, []).append((begun, time.monotonic()))
+        chains = sum(len(group.chains) for group in groups)
+        return RolloutStats(0, chains, chains * len(self._chain[0].ids), CALL_S / 2, CALL_S / 2), *groups
+
+    def _copy(self, seed: int) -> Chain:
+        """Arrays of its own, so that each is serialised."""
+        text, image = self._chain
+        arrays = {name: getattr(image, name).copy() for name in ("x_t", "x_next", "v_old", "pixels")}
+        return Chain((text, replace(image, **arrays)), seed)
+
+    async def delays(self) -> list[float]:
+        """Seconds between calls of every replica."""
+        return [after[0] - before[1] for calls in self._calls.values() for before, after in pairwise(calls)]
+
+
+@dataclass
+class SimulatedHandle:
+    """One replica of a host, called as the handle of an actor is."""
+
+    host: Any
+    index: int
+
+    def __getattr__(self, method: str) -> SimulatedMethod:
+        return SimulatedMethod(getattr(self.host, method), self.index)
+
+
+@dataclass
+class SimulatedMethod:
+    """A method of such a handle."""
+
+    method: Any
+    index: int
+
+    def options(self, **options: Any) -> SimulatedMethod:
+        return SimulatedMethod(self.method.options(**options), self.index)
+
+    def remote(self, *arguments: Any) -> Any:
+        return self.method.remote(self.index, *arguments)
+
+
+class SimulatedReplica(Replica):
+    """The driver's side is the real one, but for placement: a host is started before."""
+
+    hosts: list[Any]
+
+    def start(self, config: TrainConfig) -> Any:
+        index = int(self.name.rpartition("-")[2])
+        return SimulatedHandle(self.hosts[index % len(self.hosts)], index)
+
+    def has_room(self) -> bool:
+        return True
+
+    def restart(self) -> None:
+        raise RuntimeError(f"{self.name} is simulated and does not fail")
+
+    def end(self) -> None:
+        pass
+
+
+class SimulatedScorer(Scorer):
+    """Takes its time in a real reward actor."""
+
+    def __init__(self, options: Section) -> None:
+        pass
+
+    def score(self, images: NDArray[np.uint8], prompts: list[Any]) -> ScorerOutput:
+        time.sleep(SCORE_S)
+        return ScorerOutput(images.reshape(len(images), -1)[:, 0].astype(np.float32))
+
+
+def configuration(replicas: int) -> TrainConfig:
+    """The default recipe with groups of 24; a step gives every replica one group."""
+    scorers = max(1, round(1.5 * replicas / CALL_S * SCORE_S))
+    config = load_config(
+        "shapes",
+        [f"run_name=bench-{replicas}", f"data.group_size={GROUP}", "rollout.groups_per_call=1", "learner.ranks=1",
+         f"rollout.replicas={replicas}", "data.prompts_per_step=1"],
+    )  # fmt: skip
+    scorer = config.rewards[0].model_copy(
+        update={"name": "deploy.control_plane_bench:SimulatedScorer", "replicas": scorers, "cpus": 0.0, "weight": 1.0}
+    )
+    data = config.data.model_copy(update={"prompts_per_step": replicas})
+    return config.model_copy(update={"data": data, "rewards": (scorer,)})
+
+
+def publication(version: int) -> ObjectStorePublication:
+    """A version as large in names as one of a 7B mixture of transformers."""
+    names = [f"language_model.model.layers.{i // 40}.self_attn.q_proj_moe_gen.weight.{i}" for i in range(TENSORS)]
+    cuts = [names[i : i + 20] for i in range(0, TENSORS, 20)]
+    buckets = tuple(WeightBucket(tuple(c), ((3584, 3584),) * len(c), tuple(range(len(c)))) for c in cuts)
+    return ObjectStorePublication(Manifest(version, "bfloat16", buckets), [ray.put(b"") for _ in buckets])
+
+
+def ideal_seconds(durations: list[float], replicas: int) -> float:
+    """Makespan of the jobs in order on replicas that take the next one at once."""
+    free = [0.0] * replicas
+    for seconds in durations:
+        heapq.heapreplace(free, free[0] + seconds)
+    return max(free)
+
+
+def measure(replicas: int) -> dict[str, float]:
+    """A few rounds of one group per replica, the next round queued before the last has ended."""
+    config = configuration(replicas)
+    order = PromptOrder(read_prompts(resolve_path(config.data.train)), replicas, 0)
+    host: Any = ray.remote(SimulatedHost).options(num_cpus=0, max_concurrency=2 * PER_HOST)
+    model = BagelConfig.read(resolve_path(config.model.path))
+    rows, columns = model.grid(config.model.height, config.model.width)
+    latents = (config.sampling.window_size, rows * columns, model.token_dim)
+    pixels = (config.model.height, config.model.width, 3)
+    hosts = [host.remote(config.sampling.max_tokens, latents, pixels) for _ in range(-(-replicas // PER_HOST))]
+    pool_type = type("HostedReplica", (SimulatedReplica,), {"hosts": hosts})
+    pool = RolloutPool(config, replica_type=pool_type)
+    rewards = RewardPool(config.rewards, config.run_name)
+    try:
+        pool.wait_ready()
+        while pool.serving < replicas:
+            time.sleep(0.1)
+        sync_s = min(pool.sync(publication(version)) for version in range(2))
+        requests = [training_requests(config, order, step) for step in range(ROUNDS)]
+        cpu, started = time.process_time(), time.monotonic()
+        batches = [pool.submit(step) for step in requests]
+        for batch in batches:
+            tickets = [rewards.start(ref, GROUP) for _, ref in batch.arrivals(config.rollout.deadline_s)]
+            rewards.finish(tickets)
+            batch.groups.clear()
+        wall, cpu = max(b.finished for b in batches) - started, time.process_time() - cpu
+        delays = np.concatenate(ray.get([h.delays.remote() for h in hosts]))
+    finally:
+        rewards.close()
+        pool.close()
+        for actor in hosts:
+            ray.kill(actor)
+    durations = [call_seconds(request) for step in requests for request in step]
+    return {
+        "replicas": replicas,
+        "groups": len(durations),
+        "cpu_ms": 1000 * cpu / len(durations),
+        "delay_ms": 1000 * float(np.median(delays)),
+        "delay99_ms": 1000 * float(np.quantile(delays, 0.99)),
+        "efficiency": ideal_seconds(durations, replicas) / wall,
+        "sync_s": sync_s,
+        "scorers": config.rewards[0].replicas,
+    }
+
+
+def main() -> None:
+    """Prints one row for each number of replicas."""
+    logging.disable(logging.INFO)
+    ray.init(
+        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=2 << 30,
+        logging_level=logging.ERROR,
+    )  # fmt: skip
+    print(
+        "| replicas | groups | driver CPU per group | queueing delay, median | 99 % | efficiency | publish to all |\n"
+        "|---|---|---|---|---|---|---|"
+    )
+    for replicas in map(int, sys.argv[1:] or map(str, SIZES)):
+        row = measure(replicas)
+        print(
+            f"| {replicas} | {row['groups']} | {row['cpu_ms']:.2f} ms | {row['delay_ms']:.0f} ms "
+            f"| {row['delay99_ms']:.0f} ms | {row['efficiency']:.3f} | {row['sync_s']:.2f} s |",
+            flush=True,
+        )
+    print(f"\n{os.cpu_count()} CPUs, load average {os.getloadavg()[0]:.1f}")
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()

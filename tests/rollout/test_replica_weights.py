@@ -1,0 +1,71 @@
+"""One replica in this process: which versions it takes, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import ray
+import torch
+from published import publish
+
+from common.config import load_config
+from common.policy import open_policy
+from common.types import Prompt, RolloutRequest, WeightManifest
+from rollout.actor import RolloutReplica
+
+Version = tuple[WeightManifest, list[ray.ObjectRef]]
+REQUEST = RolloutRequest(Prompt("p", "a red circle", {}), 0, (1, 2), None, 3)
+
+
+@pytest.fixture(scope="module")
+def replica(local_ray: None) -> Iterator[RolloutReplica]:
+    replica = RolloutReplica(load_config("shapes", ["sampling.max_tokens=4", "rollout.dtype=float32"]))
+    yield replica
+    replica.reasoner.close()
+
+
+@pytest.fixture(scope="module")
+def versions(local_ray: None) -> tuple[Version, Version]:
+    """The shipped weights, and others of which one tensor differs; in many buckets."""
+    policy = open_policy(load_config("shapes").model, torch.float32, "cpu").policy
+    weights = {name: p.detach() for name, p in policy.named_parameters()}
+    first = publish(weights, 1, limit=1 << 16)
+    name = "language_model.model.layers.0.self_attn.k_proj.bias"
+    return first, publish(weights | {name: weights[name] + 0.5}, 2, limit=1 << 16)
+
+
+def test_chains_name_the_version_they_were_made_with(
+    replica: RolloutReplica, versions: tuple[Version, Version]
+) -> None:
+    manifest, buffers = versions[0]
+    assert replica.load_weights(manifest, buffers) == manifest.checksum == replica.checksum(manifest)
+    stats, group = replica.generate([REQUEST])
+    assert stats.chains == 2 and [chain.text.version for chain in group.chains] == [1, 1]
+
+
+def test_what_a_replica_holds_is_not_fetched_again(replica: RolloutReplica, versions: tuple[Version, Version]) -> None:
+    (before, buffers), (manifest, changed) = versions
+    replica.load_weights(before, buffers)
+    (index,) = manifest.changed_since(before)
+    fetched = [ref if place == index else None for place, ref in enumerate(changed)]
+    assert len(fetched) > 5
+    assert replica.load_weights(manifest, fetched) == manifest.checksum != before.checksum
+    assert replica.generate([REQUEST])[1].chains[0].text.version == 2
+
+
+def test_a_damaged_buffer_is_refused_by_name_and_mended_by_the_next_load(
+    replica: RolloutReplica, versions: tuple[Version, Version]
+) -> None:
+    manifest, buffers = versions[0]
+    place = len(buffers) // 2
+    damaged = np.array(ray.get(buffers[place]))
+    damaged[-9] ^= 1
+    replica.held = None
+    with pytest.raises(RuntimeError, match=f"version 1: .* not hold {manifest.buckets[place].names[-1]} as it was"):
+        replica.load_weights(manifest, [*buffers[:place], ray.put(damaged), *buffers[place + 1 :]])
+    with pytest.raises(RuntimeError, match="may hold a mixture"):
+        replica.generate([REQUEST])
+    assert replica.load_weights(manifest, buffers) == manifest.checksum
+    replica.generate([REQUEST])
