@@ -38,6 +38,7 @@ OVERRIDES = [
 ]
 """Fields of a chaos run, before the user's own."""
 POLL_S = 0.1
+STALL_S = 1200.0
 
 
 @dataclass
@@ -58,6 +59,20 @@ class Storm:
     drivers: int = 0
     seconds: float = 0.0
     problems: list[str] = field(default_factory=list)
+    step: int = -1
+    """The last step that was done, as far as anyone has looked; it never goes back."""
+    moved: float = field(default_factory=time.monotonic)
+
+    def look(self, run: RunDirectory, driver: Driver) -> bool:
+        """Whether the driver still works, and how far it has come. RuntimeError if it failed, or stands still."""
+        now, step = time.monotonic(), max((row["step"] for row in run.read_metrics()), default=-1)
+        if step > self.step:
+            self.step, self.moved = step, now
+        if self.kills and self.kills[-1].recovered_s is None and self.step > self.kills[-1].step:
+            self.kills[-1].recovered_s = now - self.kills[-1].at
+        if now - self.moved > STALL_S:
+            raise RuntimeError(f"step {self.step + 2} was not done within {STALL_S:.0f} s:\n{driver.tail()}")
+        return not driver.ended()
 
 
 class Driver:
@@ -94,9 +109,12 @@ class Driver:
         if self.process.poll() is None:
             return False
         if self.process.returncode:
-            tail = self.log.read_text(errors="replace")[-4000:]
-            raise RuntimeError(f"the driver ended with code {self.process.returncode}:\n{tail}")
+            raise RuntimeError(f"the driver ended with code {self.process.returncode}:\n{self.tail()}")
         return True
+
+    def tail(self) -> str:
+        """The end of its output."""
+        return self.log.read_text(errors="replace")[-4000:]
 
 
 def schedule(kills: int, random: np.random.Generator) -> list[str]:
@@ -106,9 +124,9 @@ def schedule(kills: int, random: np.random.Generator) -> list[str]:
     return first + [str(kind) for kind in random.choice(kinds, max(0, kills - len(first)), p=list(KINDS.values()))]
 
 
-def rage(config: TrainConfig, kills: int, seed: int, deadline_s: float, say: Callable[[str], None]) -> Storm:
-    """Runs a configuration to its end while killing; what happened and every problem found. RuntimeError if the run
-    ended by itself or not within the deadline."""
+def rage(config: TrainConfig, kills: int, seed: int, minutes: float, say: Callable[[str], None]) -> Storm:
+    """Runs a configuration to its end while killing, at most for some minutes; what happened and every problem found.
+    RuntimeError if the driver failed by itself or got no further."""
     random, run, storm = np.random.default_rng(seed), RunDirectory(config.directory), Storm()
     if run.path.exists():
         raise ConfigError(f"{run.path} exists already; give another run_name")
@@ -117,25 +135,25 @@ def rage(config: TrainConfig, kills: int, seed: int, deadline_s: float, say: Cal
         driver = Driver(config, Path(scratch), cluster.address)
         try:
             for kind in schedule(kills, random):
-                if not _get_on(run, driver, storm, began + deadline_s):
+                before = storm.step
+                while (alive := storm.look(run, driver)) and storm.step <= before:
+                    time.sleep(POLL_S)
+                if not alive or time.monotonic() > began + 60 * minutes:
                     break
                 time.sleep(float(random.uniform(0, _step_seconds(run))))
-                storm.kills.append(Kill(kind, _last_step(run), time.monotonic()))
+                storm.look(run, driver)
+                storm.kills.append(Kill(kind, storm.step, time.monotonic()))
                 _kill(kind, cluster, driver, random)
-                done = storm.kills[-1].step + 1
-                say(f"{time.monotonic() - began:6.0f} s  step {done} of {config.steps} done: {kind} killed")
-            while not driver.ended():
-                _note_recovery(run, storm)
-                _keep_time(began + deadline_s, "the run to end", driver)
+                say(f"{time.monotonic() - began:6.0f} s  step {storm.step + 1} of {config.steps} done: {kind} killed")
+            while storm.look(run, driver):
                 time.sleep(POLL_S)
-            _note_recovery(run, storm)
         finally:
             driver.process.kill()
             driver.process.wait()
         storm.drivers, storm.seconds = driver.starts, time.monotonic() - began
         storm.problems = check_run(run, config) + check_left(run, cluster, Path(scratch))
-    _, alive = psutil.wait_procs(cluster.seen, timeout=30)
-    storm.problems += [f"process {process.pid} outlived the cluster" for process in alive]
+    _, left = psutil.wait_procs(cluster.seen, timeout=30)
+    storm.problems += [f"process {process.pid} outlived the cluster" for process in left]
     return storm
 
 
@@ -157,32 +175,6 @@ def _kill(kind: str, cluster: Cluster, driver: Driver, random: np.random.Generat
     else:
         victims = cluster.actors(kind)
         os.kill(victims[int(random.integers(len(victims)))].pid, signal.SIGKILL)
-
-
-def _get_on(run: RunDirectory, driver: Driver, storm: Storm, deadline: float) -> bool:
-    """Waits until a step is done that was not at the last kill; False if the run is over."""
-    before = storm.kills[-1].step if storm.kills else -1
-    while not driver.ended():
-        _note_recovery(run, storm)
-        if _last_step(run) > before:
-            return True
-        _keep_time(deadline, f"step {before + 2} to be done", driver)
-        time.sleep(POLL_S)
-    return False
-
-
-def _note_recovery(run: RunDirectory, storm: Storm) -> None:
-    if storm.kills and storm.kills[-1].recovered_s is None and _last_step(run) > storm.kills[-1].step:
-        storm.kills[-1].recovered_s = time.monotonic() - storm.kills[-1].at
-
-
-def _keep_time(deadline: float, what: str, driver: Driver) -> None:
-    if time.monotonic() > deadline:
-        raise RuntimeError(f"waited too long for {what}:\n{driver.log.read_text(errors='replace')[-4000:]}")
-
-
-def _last_step(run: RunDirectory) -> int:
-    return max((row["step"] for row in run.read_metrics()), default=-1)
 
 
 def _step_seconds(run: RunDirectory) -> float:

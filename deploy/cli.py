@@ -187,13 +187,13 @@ def chaos(
     overrides: Overrides = None,
     kills: Annotated[int, typer.Option(min=1, help="Kills, one per finished step.")] = 10,
     seed: Annotated[int, typer.Option(help="Seed of what is killed and when.")] = 0,
-    deadline_minutes: Annotated[float, typer.Option(help="When to give up.")] = 120.0,
+    minutes: Annotated[float, typer.Option(help="No kills after this; the run then goes to its end.")] = 120.0,
 ) -> None:
     """Train on a small cluster of this machine while killing actors, nodes and the driver; then look for damage."""
     from deploy.chaos import OVERRIDES, rage, summary
 
     config = load_config(recipe, ["run_name=chaos", *OVERRIDES, f"steps={kills + 2}", *(overrides or [])])
-    storm = rage(config, kills, seed, 60 * deadline_minutes, typer.echo)
+    storm = rage(config, kills, seed, minutes, typer.echo)
     typer.echo(summary(storm, config))
     raise typer.Exit(bool(storm.problems))
 
