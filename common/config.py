@@ -314,6 +314,8 @@ class Recording(Section):
     """Steps between rollouts written as Parquet; 0 writes none."""
     latents: bool = False
     """Also write the window's latents, so that a step can be replayed into the learner."""
+    timeline_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between timelines (Chrome traces) written; 0 writes those that `unigrpo timeline` asks for."""
 
 
 class TrainConfig(Section):
@@ -371,14 +373,18 @@ class TrainConfig(Section):
         return self
 
 
+def in_job() -> bool:
+    """Whether this process is the driver of a Ray job."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
 def run_path(path: str | Path) -> Path:
     """A path of runs, absolute, so that it means the same in every actor.
 
     A relative one starts at $UNIGRPO_HOME. Without that variable it starts at the working directory, or, in a Ray job,
     at the home directory: the working directory of a job is a copy that Ray deletes.
     """
-    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-    base = os.environ.get("UNIGRPO_HOME") or (Path.home() if in_job else Path())
+    base = os.environ.get("UNIGRPO_HOME") or (Path.home() if in_job() else Path())
     return (Path(base) / path).absolute()
 
 

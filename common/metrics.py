@@ -6,10 +6,12 @@ import json
 import math
 import os
 import re
+import struct
 import sys
+import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from common.config import ConfigError, TrainConfig
@@ -23,6 +25,9 @@ METRICS: dict[str, str] = {
     "reward/masked_chains": "Chains that could not be scored and are left out of the update.",
     "reward/nonfinite": "Scores that were NaN or infinite; those chains are left out of the update.",
     "reward/<scorer>": "Mean reward of one scorer before its weight; <scorer>/NAME is one of its components.",
+    "reward/queued_groups": "Groups that wait for a reward actor, counted once per reward.",
+    "reward/actors": "Reward actors that serve.",
+    "reward/restarts": "Reward actors that died or hung and were restarted, since the driver started.",
     "advantage/abs_mean": "Mean absolute advantage after clipping.",
     "text/ratio_mean": "Mean importance ratio of the reasoning tokens.",
     "text/clip_fraction": "Share of reasoning tokens whose ratio is clipped.",
@@ -44,8 +49,11 @@ METRICS: dict[str, str] = {
     "rollout/replicas_wanted": "Rollout replicas that serve or are being started.",
     "rollout/restarts": "Rollout replicas lost, hung or wrong, and restarted, since the driver started.",
     "rollout/rerun_groups": "Groups generated again after a fault, since the driver started.",
+    "rollout/queued_groups": "Groups that wait for a rollout replica.",
     "rollout/tokens_per_s": "Reasoning tokens generated per second of rollout.",
     "time/rollout_s": "Seconds the step waited for rollouts.",
+    "time/reasoning_s": "Seconds of the step a replica reasoned, on average.",
+    "time/drawing_s": "Seconds of the step a replica drew, on average.",
     "time/reward_s": "Seconds the step waited for rewards.",
     "time/update_s": "Seconds of the learner's update.",
     "time/sync_s": "Seconds the step waited for weight publishing.",
@@ -76,6 +84,8 @@ class Trackers:
         if resume_step is not None:
             run.truncate_metrics(resume_step)
         self._sinks: list[_Sink] = []
+        self._closed = threading.Event()
+        self._watcher: threading.Thread | None = None
         for name in config.recording.trackers:
             self._sinks.append(
                 _TensorBoard(run, resume_step) if name == "tensorboard" else _WandB(run, config.model_dump(mode="json"))
@@ -101,8 +111,29 @@ class Trackers:
         for sink in self._sinks:
             sink.rewind(step)
 
+    def images(self, step: int, images: Mapping[str, bytes]) -> None:
+        """Sends PNGs by tag to TensorBoard, where they are scrolled through by step."""
+        for sink in self._sinks:
+            if isinstance(sink, _TensorBoard):
+                sink.images(step, images)
+
+    def watch(self, read: Callable[[], Scalars], every_s: float = 5.0) -> None:
+        """Also sends what `read` returns to Ray's metrics, between steps: queues and replicas matter most while a step
+        hangs. Until `close`."""
+
+        def look() -> None:
+            while not self._closed.wait(every_s):
+                for gauges in [sink for sink in self._sinks if isinstance(sink, _RayGauges)]:
+                    gauges.set(read())
+
+        self._watcher = threading.Thread(target=look, name="metrics", daemon=True)
+        self._watcher.start()
+
     def close(self) -> None:
         """Flushes and closes every tracker."""
+        self._closed.set()
+        if self._watcher:
+            self._watcher.join(timeout=30)
         for sink in self._sinks:
             sink.close()
         self._sinks = []
@@ -135,10 +166,24 @@ class _TensorBoard:
         self._writer.flush()
 
     def log(self, step: int, metrics: Scalars) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        self._add(step, [Summary.Value(tag=key, simple_value=value) for key, value in metrics.items()])
+
+    def images(self, step: int, images: Mapping[str, bytes]) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = []
+        for tag, png in images.items():
+            width, height = struct.unpack(">II", png[16:24])  # PNG's first chunk
+            image = Summary.Image(encoded_image_string=png, width=width, height=height, colorspace=3)
+            values.append(Summary.Value(tag=tag, image=image))
+        self._add(step, values)
+
+    def _add(self, step: int, values: list[Any]) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        values = [Summary.Value(tag=key, simple_value=value) for key, value in metrics.items()]
         self._writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
         self._writer.flush()
 
@@ -185,16 +230,20 @@ class _RayGauges:
     """Gauges such as unigrpo_reward_mean with the tag run; Prometheus sees them with Ray's prefix ray_."""
 
     def __init__(self, run_name: str) -> None:
-        self._tags = {"run": run_name}
+        self._run = run_name
         self._gauges: dict[str, Any] = {}
 
     def log(self, step: int, metrics: Scalars) -> None:
+        self.set({"step": float(step)} | metrics)
+
+    def set(self, metrics: Scalars) -> None:
         from ray.util.metrics import Gauge
 
-        for key, value in ({"step": float(step)} | metrics).items():
-            if key not in self._gauges:
-                self._gauges[key] = Gauge(gauge_name(key), describe(key) or key, tag_keys=("run",))
-            self._gauges[key].set(value, tags=self._tags)
+        for key, value in metrics.items():
+            name, tags = gauge(key)
+            if name not in self._gauges:
+                self._gauges[name] = Gauge(name, describe(key) or key, tag_keys=("run", *tags))
+            self._gauges[name].set(value, tags={"run": self._run, **tags})
 
     def rewind(self, step: int) -> None:
         """A gauge shows the last value."""
@@ -203,6 +252,14 @@ class _RayGauges:
         self._gauges = {}
 
 
-def gauge_name(key: str) -> str:
-    """reward/mean -> unigrpo_reward_mean."""
-    return "unigrpo_" + re.sub(r"\W", "_", key)
+def gauge(key: str) -> tuple[str, dict[str, str]]:
+    """Name and tags of a metric's gauge: reward/mean -> unigrpo_reward_mean; the rewards of all scorers are one gauge,
+    so that a query need not know their names: reward/clip_score -> unigrpo_reward_of_scorer, scorer=clip_score."""
+    if key not in METRICS and describe(key):
+        return "unigrpo_reward_of_scorer", {"scorer": key.removeprefix("reward/")}
+    return "unigrpo_" + re.sub(r"\W", "_", key), {}
+
+
+def exported() -> set[str]:
+    """Names of all gauges as Prometheus sees them."""
+    return {f"ray_{gauge(key.replace('<scorer>', 'any'))[0]}" for key in METRICS}

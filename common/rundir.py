@@ -5,11 +5,13 @@
     runs/NAME/
         config.yaml                            the resolved configuration
         metrics.jsonl                          one JSON object per step
+        events.jsonl                           one JSON object per event, see common/events.py
         rollouts/step-000010-rank0.parquet     chains, see common/records.py
         checkpoints/step-000020/               whole once it holds manifest.json
         eval/step-000000.json                  result, beside it .parquet with the sample images
         tensorboard/
         control.json, status.json              what was asked of the live run, and its answer (deploy/control.py)
+        timeline/step-000010.json              who did what when, see common/timeline.py
         report.html
 """
 
@@ -57,6 +59,15 @@ def _from_numpy(value: Any) -> Any:
     raise TypeError(f"{value!r} is a {type(value).__name__}, which JSON cannot hold")
 
 
+def ends_whole(path: Path) -> bool:
+    """Whether a file of lines ends with a whole one; so do none and an empty file."""
+    if not path.exists() or path.stat().st_size == 0:
+        return True
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
+
+
 class RunDirectory:
     """Paths and atomic writes of one run. Building it touches nothing; `create` or `open` it first."""
 
@@ -74,6 +85,10 @@ class RunDirectory:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
 
     @property
     def rollouts(self) -> Path:
@@ -100,6 +115,14 @@ class RunDirectory:
         return self.path / "status.json"
 
     @property
+    def timelines(self) -> Path:
+        return self.path / "timeline"
+
+    @property
+    def timeline_request(self) -> Path:
+        return self.timelines / "request"
+
+    @property
     def report(self) -> Path:
         return self.path / "report.html"
 
@@ -114,6 +137,9 @@ class RunDirectory:
 
     def samples_file(self, step: int) -> Path:
         return self.evaluations / f"step-{step:06d}.parquet"
+
+    def timeline_file(self, step: int) -> Path:
+        return self.timelines / f"step-{step:06d}.json"
 
     def create(self, config_yaml: str) -> RunDirectory:
         """Makes the directory with its config.yaml, both or neither. ConfigError if the path is taken."""
@@ -158,7 +184,7 @@ class RunDirectory:
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Adds one line and flushes it; NaN and infinities become null."""
-        if self._torn():
+        if not ends_whole(self.metrics):
             self._rewrite_metrics(self.read_metrics())
         with self.metrics.open("ab") as file:
             file.write(dump_json(dict(row)) + b"\n")
@@ -197,13 +223,6 @@ class RunDirectory:
         whole = [p for p in self.checkpoints.glob("step-*") if _step(p.name) is not None]
         whole = [p for p in whole if (p / "manifest.json").is_file()]
         return max(whole, key=lambda p: _step(p.name) or 0, default=None)
-
-    def _torn(self) -> bool:
-        if not self.metrics.exists() or self.metrics.stat().st_size == 0:
-            return False
-        with self.metrics.open("rb") as file:
-            file.seek(-1, os.SEEK_END)
-            return file.read(1) != b"\n"
 
     def _rewrite_metrics(self, rows: list[dict[str, Any]]) -> None:
         with replacing(self.metrics) as aside:

@@ -1,11 +1,17 @@
-"""Process set-up that must happen before torch, vLLM or DeepSpeed are imported."""
+"""What a process is given and runs on: threads, ports, versions. Imports neither torch nor Ray."""
 
 from __future__ import annotations
 
+import json
 import os
+import platform
 import socket
+from importlib.metadata import version
 
 from common.config import ConfigError
+
+SUBMITTED_WITH = "UNIGRPO_SUBMITTED_WITH"
+CONNECT_S = 10.0
 
 
 def thread_env(cpus: float) -> dict[str, str]:
@@ -36,3 +42,45 @@ def free_port() -> int:
             f"no free TCP port on this machine ({error}); end programs that hold ports, or widen "
             "net.ipv4.ip_local_port_range"
         ) from error
+
+
+def check_answers(host: str, port: int) -> None:
+    """OSError if nobody listens there, or answers within seconds: Ray's own clients try for minutes."""
+    socket.create_connection((host, port), timeout=CONNECT_S).close()
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text without its line breaks and last full stop, to be put into a sentence."""
+    return " ".join(str(error).split()).rstrip(".")
+
+
+def free_resources() -> str:
+    """What no actor holds, over the whole cluster, e.g. "1.2 CPU, 3 GPU"."""
+    import ray
+
+    free = ray.available_resources()
+    shown = {name: amount for name, amount in free.items() if not name.startswith(("node:", "memory", "object_store"))}
+    return ", ".join(f"{amount:g} {name}" for name, amount in sorted(shown.items())) or "nothing"
+
+
+def versions() -> dict[str, str]:
+    """What a client and its cluster must have alike: the job's code is the client's, the environment the cluster's."""
+    return {
+        "python": ".".join(platform.python_version_tuple()[:2]),
+        "ray": version("ray"),
+        "unigrpo": version("unigrpo"),
+    }
+
+
+def check_versions() -> None:
+    """ConfigError in a job whose client, as `unigrpo submit` says, has other versions than this environment."""
+    here = versions()
+    theirs = json.loads(os.environ.get(SUBMITTED_WITH, "{}"))
+    differing = [
+        f"{name} {theirs[name]} there, {here[name]} here" for name in here if theirs.get(name, here[name]) != here[name]
+    ]
+    if differing:
+        raise ConfigError(
+            f"the client that submitted this job and the cluster differ: {'; '.join(differing)}; install the same "
+            "lock file (`make env`) on both"
+        )

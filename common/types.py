@@ -160,13 +160,15 @@ class WeightManifest:
 
 @dataclass(frozen=True)
 class RolloutStats:
-    """What one call to a replica produced: the weight version, chains, reasoning tokens, the seconds of each half."""
+    """What one call to a replica produced: the weight version, chains, reasoning tokens, the seconds of each half, and
+    when it began (Unix time)."""
 
     version: int
     chains: int
     tokens: int
     reasoning_s: float
     drawing_s: float
+    started: float
 
 
 def chain_seed(run_seed: int, step: int, prompt_index: int, chain_index: int) -> int:

@@ -1,4 +1,5 @@
-"""The command line: unigrpo train, plan, sft, eval, generate, report, scale, reproduce, chaos, schema."""
+"""The command line: unigrpo train, plan, submit, sft, eval, generate, report, scale, reproduce, chaos, timeline,
+schema."""
 
 from __future__ import annotations
 
@@ -88,6 +89,37 @@ def _resumed(directory: Path, recipe: str | None, overrides: list[str] | None) -
     pairs = [*([recipe] if recipe else []), *(overrides or [])]
     data = apply_overrides(read_recipe(str(run.config)), pairs)
     return validate({**data, "runs_dir": str(directory.parent), "run_name": directory.name})
+
+
+@app.command()
+def submit(
+    recipe: Annotated[str | None, typer.Argument(help="Recipe name, or a file under --working-dir.")] = None,
+    overrides: Overrides = None,
+    resume: Annotated[str | None, typer.Option(help="Continue this run directory of the cluster.")] = None,
+    address: Annotated[
+        str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard.")
+    ] = "http://127.0.0.1:8265",
+    working_dir: Annotated[Path, typer.Option(help="Uploaded, less what .gitignore and .rayignore name.")] = Path(),
+    stop_on_interrupt: Annotated[bool, typer.Option(help="Ctrl-C stops the job too.")] = False,
+    follow: Annotated[str | None, typer.Option(metavar="JOB", help="Submit nothing; follow this job.")] = None,
+    stop: Annotated[str | None, typer.Option(metavar="JOB", help="Submit nothing; stop this job.")] = None,
+) -> None:
+    """Train on a Ray cluster: submit the job, follow its log, exit as it does."""
+    from deploy import submit as jobs
+
+    command = ["unigrpo", "train"]
+    if resume:
+        command += ["--resume", resume, *([recipe] if recipe else []), *(overrides or [])]
+    elif not (stop or follow):
+        load_config(recipe or "shapes", overrides)  # what is wrong in itself is found before anything is uploaded
+        command += [jobs.uploaded(recipe or "shapes", working_dir), *(overrides or [])]
+    client = jobs.connect(address)
+    if stop:
+        typer.echo(f"{stop}: {jobs.stop(client, stop)}")
+        return
+    job = follow or jobs.submit(client, working_dir, command)
+    typer.echo(f"{job}: {address.rstrip('/')}/#/jobs/{job}")
+    raise typer.Exit(jobs.follow(client, job, stop_on_interrupt))
 
 
 @app.command()
@@ -196,6 +228,17 @@ def chaos(
     storm = rage(config, kills, seed, minutes, typer.echo)
     typer.echo(summary(storm, config))
     raise typer.Exit(bool(storm.problems))
+
+
+@app.command()
+def timeline(
+    run: Annotated[Path, typer.Argument(help="Run directory of a live run.")],
+    wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for the end of its step.")] = 600,
+) -> None:
+    """Write what every actor does in the step that a run is in, for chrome://tracing."""
+    from deploy.timeline import ask
+
+    typer.echo(str(ask(run_path(run), wait)))
 
 
 @app.command()

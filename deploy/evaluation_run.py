@@ -10,6 +10,7 @@ import ray
 from numpy.typing import NDArray
 from ray.exceptions import GetTimeoutError
 
+from common.events import event
 from common.prompts import evenly
 from common.records import encode_png
 from common.rundir import replacing
@@ -88,7 +89,10 @@ def evaluate(session: EvaluationSession, step: int) -> dict[str, Any]:
             )
     result = summarise(rows, version=session.version, step=step)
     run.write_json(run.evaluation_file(step), result)
-    write_samples(run.samples_file(step), [row for row in rows if row.png])
+    samples = [row for row in rows if row.png]
+    write_samples(run.samples_file(step), samples)
+    session.show(step, samples)
+    event("evaluation", step=step, version=session.version, strict=result["strict"])
     session.progress.phase(
         f"step {step}: strict {result['strict']:.3f}, reasoning {result['reasoning_accuracy'] or 0:.3f}, "
         f"image given right reasoning {result['image_given_reasoning'] or 0:.3f}"

@@ -14,6 +14,7 @@ from functools import partial
 import numpy as np
 
 from common.rundir import RunDirectory
+from common.timeline import timed
 from deploy.evaluation_run import evaluate
 from deploy.recovery import Recovery, redoing_lost
 from deploy.requests import training_requests
@@ -60,8 +61,7 @@ def steps(session: Session, first: int, began: float) -> Iterator[int]:
         if config.recording.rollouts_every and step % config.recording.rollouts_every == 0:
             learner.record(run.rollout_file(step, 0), batch.refs, scored.total, dict(scored.by_scorer))
         metrics = {**updated, **_describe(scored, batch, session, updated, clock)}
-        session.trackers.log(step, metrics)
-        session.progress.update(step, metrics)
+        session.record(step, metrics)
 
         done = step + 1
         recent.append(metrics["reward/mean"])
@@ -108,7 +108,8 @@ class Clock:
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         before = time.monotonic()
-        yield
+        with timed("driver", phase):
+            yield
         self.phases[phase] = time.monotonic() - before
 
     @property
@@ -120,7 +121,7 @@ def _describe(
     scored: Scored, batch: Batch, session: Session, updated: dict[str, float], clock: Clock
 ) -> dict[str, float]:
     """The step's numbers that the driver knows. Overhead is what remains of the step beside model mathematics."""
-    supervised = session.rollout.metrics() | session.learner.metrics()
+    supervised = session.rollout.metrics() | session.learner.metrics() | session.rewards.metrics()
     total, step_s, replicas = scored.total, clock.total, max(1.0, supervised["rollout/replicas"])
     chains, tokens = sum(s.chains for s in batch.stats), sum(s.tokens for s in batch.stats)
     generating = sum(s.reasoning_s + s.drawing_s for s in batch.stats) / replicas
@@ -137,6 +138,8 @@ def _describe(
         "rollout/images_per_s": chains / batch.seconds,
         "rollout/tokens_per_s": tokens / max(sum(s.reasoning_s for s in batch.stats) / replicas, 1e-9),
         "weights/sync_s": clock.phases["sync"],
+        "time/reasoning_s": sum(s.reasoning_s for s in batch.stats) / replicas,
+        "time/drawing_s": sum(s.drawing_s for s in batch.stats) / replicas,
         "time/step_s": step_s,
         "time/overhead_fraction": max(0.0, 1 - (generating + updated["time/update_math_s"]) / step_s),
         **{f"time/{phase}_s": seconds for phase, seconds in clock.phases.items()},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -129,6 +129,18 @@ def check_resources(config: TrainConfig, capacity: Mapping[str, float], learner_
             raise ConfigError(
                 f"the actors ask for {want:g} {_plural(name)} ({parts}) but the cluster has {have:g}; lower "
                 f"rollout.replicas, learner.ranks or the {field} of one of them, or enlarge the cluster"
+            )
+
+
+def check_fits(config: TrainConfig, nodes: Sequence[Mapping[str, float]], learner_too: bool = True) -> None:
+    """ConfigError if an actor is larger than any one node, there or still to come: it would wait for ever."""
+    for demand in demands(config, learner_too):
+        asked = {name: amount for name, amount in demand.resources.items() if amount}
+        if not any(all(node.get(name, 0.0) >= amount for name, amount in asked.items()) for node in nodes):
+            sizes = sorted({", ".join(f"{node.get(name, 0.0):g} {_plural(name)}" for name in asked) for node in nodes})
+            raise ConfigError(
+                f"one {demand.kind} actor asks for {', '.join(f'{n:g} {_plural(name)}' for name, n in asked.items())}, "
+                f"but no node has as much (nodes: {'; '.join(sizes)}); lower its cpus, gpus or custom, or add nodes"
             )
 
 

@@ -52,6 +52,11 @@ class Progress:
         else:
             self._line(text)
 
+    def detail(self, text: str) -> None:
+        """A line for logs; a terminal has no room for it."""
+        if not self._live:
+            self._line(text)
+
     def update(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Step `step` (from 0) is done, with these metrics."""
         self._done = step + 1

@@ -8,6 +8,8 @@ from typing import TypeVar
 
 from ray.exceptions import ObjectLostError
 
+from common.events import event
+from common.runtime import one_line
 from deploy.session import EvaluationSession, Session
 from learner import checkpoint as run_checkpoint
 from learner.group import LostLearnerError
@@ -37,6 +39,7 @@ class Recovery:
             if self._tries > MAX_TRIES:
                 raise error
             log.warning("%s; the learner is rebuilt from the last checkpoint", error)
+            event("learner_lost", reason=one_line(error))
             try:
                 return self._back()
             except LostLearnerError as again:
@@ -52,6 +55,7 @@ class Recovery:
         session.run.clear_partial(session.run.rollouts)
         session.learner.wait_ready()
         session.trackers.rewind(step)
+        event("learner_ready", step=step)
         return step
 
 

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
-from collections import Counter
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import ray
-import yaml
 from ray.exceptions import AuthenticationError
 
-from common.config import ConfigError, TrainConfig, resolve_path, to_yaml
+from common.config import ConfigError, TrainConfig, in_job, resolve_path, to_yaml
+from common.events import event, journal
 from common.metrics import Trackers
 from common.prompts import PromptOrder
 from common.rundir import RunDirectory
+from common.runtime import check_answers, check_versions, one_line, versions
 from common.types import Prompt
+from deploy import timeline
+from deploy.cluster import capacity, nodes
 from deploy.control import Control
-from deploy.preflight import check_inputs, check_resources, local_cpus
+from deploy.evaluation import Sample
+from deploy.preflight import check_fits, check_inputs, check_resources, local_cpus
 from deploy.progress import Progress
 from learner import checkpoint as run_checkpoint
 from learner.group import LearnerGroup
@@ -29,7 +31,7 @@ from rewards.pool import RewardPool
 from rollout.pool import RolloutPool
 
 log = logging.getLogger(__name__)
-CONNECT_S = 10.0
+SHOWN_IN_LOG = 3
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,13 @@ class EvaluationSession:
         """The weight version that the replicas hold; 0 for the checkpoint they were built from."""
         return self.rollout.weights.manifest.version if self.rollout.weights else 0
 
+    def show(self, step: int, samples: list[Sample]) -> None:
+        """Some samples of an evaluation in the log."""
+        for sample in samples[:SHOWN_IN_LOG]:
+            text = f"{sample.prompt!r}: {sample.reasoning!r}, drawn with strict score {sample.strict:g}"
+            self.progress.detail(f"  sample {text}")
+        self.progress.detail(f"  images: {self.run.samples_file(step)}")
+
 
 @dataclass(frozen=True)
 class Session(EvaluationSession):
@@ -58,9 +67,23 @@ class Session(EvaluationSession):
     trackers: Trackers
     first_step: int
 
+    def show(self, step: int, samples: list[Sample]) -> None:
+        """Also their images in TensorBoard."""
+        super().show(step, samples)
+        self.trackers.images(step, {f"heldout/{sample.prompt}/{sample.chain}": sample.png for sample in samples})
+
+    def record(self, step: int, metrics: dict[str, float]) -> None:
+        """A step is done: its metrics go wherever people and machines look."""
+        self.trackers.log(step, metrics)
+        self.progress.update(step, metrics)
+        keys = ("reward/mean", "reward/masked_chains", "weights/version", "rollout/images_per_s", "time/step_s")
+        event("step", step=step, **{key: metrics.get(key) for key in keys})
+        timeline.step_done(self, step)
+
 
 def connect(config: TrainConfig, learner_too: bool = True) -> None:
     """Joins the cluster that RAY_ADDRESS (set inside a Ray job) names, or starts a local one of this machine's CPUs."""
+    check_versions()
     address = os.environ.get("RAY_ADDRESS")
     if address:
         _join(address)
@@ -75,6 +98,7 @@ def connect(config: TrainConfig, learner_too: bool = True) -> None:
             object_store_memory=512 << 20,
         )
     check_resources(config, capacity(), learner_too)
+    check_fits(config, nodes(), learner_too)
 
 
 def _join(address: str) -> None:
@@ -83,33 +107,14 @@ def _join(address: str) -> None:
     host, colon, port = address.rpartition(":")
     try:
         if colon and port.isdigit() and "/" not in host:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
+            check_answers(host.strip("[]"), int(port))
         ray.init(address=address, log_to_driver=False)
     except (AuthenticationError, OSError, RuntimeError, ValueError) as error:
         raise ConfigError(
-            f"RAY_ADDRESS is {address} but this run cannot join a cluster there ({_one_line(error)}). Give the "
-            "head:port of `ray start --head`, with RAY_AUTH_MODE and RAY_AUTH_TOKEN as the cluster has them, or unset "
-            "RAY_ADDRESS to run on this machine alone"
+            f"RAY_ADDRESS is {address} but this run cannot join a cluster there ({one_line(error)}). Give the "
+            "head:port of `ray start --head`, with Python, Ray, RAY_AUTH_MODE and RAY_AUTH_TOKEN as the cluster has "
+            "them, or unset RAY_ADDRESS to run on this machine alone"
         ) from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".")
-
-
-def capacity() -> dict[str, float]:
-    """What the cluster has by resource, counting the nodes that it may still add.
-
-    Those only the configuration tells that Ray's launcher leaves on the head, which is where the driver of a job runs.
-    """
-    later: Counter[str] = Counter()
-    launched = Path.home() / "ray_bootstrap_config.yaml"
-    if launched.is_file():
-        for group in yaml.safe_load(launched.read_text())["available_node_types"].values():
-            for name, amount in group["resources"].items():
-                later[name] += amount * group.get("max_workers", 0)
-    now = ray.cluster_resources()
-    return {name: max(now.get(name, 0), later[name]) for name in now.keys() | later.keys()}
 
 
 @contextmanager
@@ -136,6 +141,7 @@ def open_session(config: TrainConfig, resume: bool = False) -> Iterator[Session]
         stack.callback(ray.shutdown)
         if not resume:
             run.create(to_yaml(config))
+        stack.enter_context(_recorded(run, first))
         control = Control(run)
         progress.phase(
             f"starting {control.replicas or config.rollout.replicas} rollout replicas, "
@@ -155,6 +161,7 @@ def open_session(config: TrainConfig, resume: bool = False) -> Iterator[Session]
         stack.callback(control.close)
         trackers = Trackers(config, run, first if resume else None)
         stack.callback(trackers.close)
+        trackers.watch(lambda: rollout.metrics() | rewards.metrics())
         order = PromptOrder(inputs.train, config.data.prompts_per_step, config.seed)
         yield Session(config, run, inputs.heldout, rollout, rewards, progress, order, learner, trackers, first)
 
@@ -170,6 +177,7 @@ def open_evaluation(config: TrainConfig) -> Iterator[EvaluationSession]:
         connect(config, learner_too=False)
         stack.callback(ray.shutdown)
         run.create(to_yaml(config))
+        stack.enter_context(_recorded(run, 0))
         progress.phase(f"starting {config.rollout.replicas} rollout replicas")
         rollout = RolloutPool(config)
         stack.callback(rollout.close)
@@ -177,3 +185,18 @@ def open_evaluation(config: TrainConfig) -> Iterator[EvaluationSession]:
         stack.callback(rewards.close)
         rollout.wait_ready()
         yield EvaluationSession(config, run, inputs.heldout, rollout, rewards, progress)
+
+
+@contextmanager
+def _recorded(run: RunDirectory, step: int) -> Iterator[None]:
+    """Events go to the run directory and, in a job, to its log: the first begins at a step, the last says the end."""
+    with journal(run.events, sys.stdout if in_job() else None):
+        event("run_started", run=run.name, step=step, **versions())
+        outcome, reason = "done", None
+        try:
+            yield
+        except BaseException as error:
+            outcome, reason = type(error).__name__, one_line(error)
+            raise
+        finally:
+            event("run_ended", outcome=outcome, reason=reason)

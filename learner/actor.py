@@ -19,6 +19,7 @@ from common.bagel.text import system_prompt
 from common.config import TrainConfig, resolve_path
 from common.policy import open_policy
 from common.records import write_groups
+from common.timeline import Span, take_spans, timed
 from common.transport import TransportError
 from common.transport.collective import CollectiveSender
 from common.types import Chain, Group, WeightManifest
@@ -86,6 +87,10 @@ class LearnerRank:
         self.engine.load_state(self.named, run_checkpoint.read_optimizer(directory), state["optimizer_steps"])
         self.version = state["weights_version"]
 
+    def spans(self) -> list[Span]:
+        """What this rank has done since its last update began."""
+        return take_spans()
+
     def sees(self, path: str) -> bool:
         """Whether a path of the driver exists on this node too."""
         return Path(path).exists()
@@ -105,7 +110,9 @@ class LearnerRank:
         mask = np.isfinite(rewards) if self.config.algorithm == "refl" else self.advantages.mask
         self.share = share_out(mask, self.rank, self.ranks, o.minibatches, self.config.learner.chains_per_micro_batch)
         wanted = sorted({b for mini in self.share.pieces for micro in mini for b, _, _ in micro})
-        self.groups: dict[int, Group] = dict(zip(wanted, ray.get([refs[b] for b in wanted]), strict=True))
+        take_spans()  # of the step before, which nobody asked for
+        with timed(f"learner-{self.rank}", "fetch"):
+            self.groups: dict[int, Group] = dict(zip(wanted, ray.get([refs[b] for b in wanted]), strict=True))
 
     def update(self, step: int) -> dict[str, float]:
         """One joint update from all groups that the ranks took; metrics of all ranks. Without any contributing chain
@@ -124,7 +131,8 @@ class LearnerRank:
             for mini in share.pieces
         ]
         started = time.monotonic()
-        sums = self.updater.run(minibatches, share.total)
+        with timed(f"learner-{self.rank}", "update"):
+            sums = self.updater.run(minibatches, share.total)
         compute = time.monotonic() - started
         metrics = metrics_of(self._over_ranks(sums))
         if metrics["loss/nonfinite"] == 0 and any(share.total):
@@ -175,8 +183,9 @@ class LearnerRank:
     def publish(self) -> Iterator[NDArray[np.uint8] | WeightManifest]:
         """Yields, on rank 0, the bytes of each bucket that changed since the call before, in the rollout's compute
         type; last, the manifest of the current version."""
-        for flat in self.publisher.changes(self.version):
-            yield flat.cpu().numpy()
+        with timed(f"learner-{self.rank}", "publish"):
+            for flat in self.publisher.changes(self.version):
+                yield flat.cpu().numpy()
         assert self.publisher.manifest is not None
         yield self.publisher.manifest
 
@@ -206,12 +215,13 @@ class LearnerRank:
             except TransportError as error:
                 failure = error
         torch.distributed.broadcast(needed, 0)
-        for flat in self.publisher.bytes_of(needed.nonzero()[:, 0].tolist()):
-            if self.sender and failure is None:
-                try:
-                    self.sender.send(flat)
-                except TransportError as error:  # the other ranks go on gathering
-                    failure = error
+        with timed(f"learner-{self.rank}", "publish"):
+            for flat in self.publisher.bytes_of(needed.nonzero()[:, 0].tolist()):
+                if self.sender and failure is None:
+                    try:
+                        self.sender.send(flat)
+                    except TransportError as error:  # the other ranks go on gathering
+                        failure = error
         if failure:
             raise failure
 

@@ -18,7 +18,9 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from common.config import ConfigError, TrainConfig
-from common.runtime import free_port, thread_env
+from common.events import event
+from common.runtime import free_port, free_resources, thread_env
+from common.timeline import Span
 from common.transport import Publication
 from common.transport.collective import CollectivePublication
 from common.transport.object_store import ObjectStorePublication
@@ -124,9 +126,10 @@ class LearnerGroup:
         except RayTaskError as error:
             raise error.cause from error
         except GetTimeoutError as error:
+            ranks, each = self.config.learner.ranks, self._room.bundle_specs[0]
             raise LearnerError(
-                f"the cluster made no room for {self.config.learner.ranks} learner ranks within "
-                f"{self.config.learner.deadline_s:.0f} s (learner.deadline_s)"
+                f"the cluster made no room for {ranks} learner ranks of {each} within "
+                f"{self.config.learner.deadline_s:.0f} s (learner.deadline_s); it has free {free_resources()}"
             ) from error
         except RayError as error:
             raise LostLearnerError(f"rank 0's node was lost while the learner started: {error}") from error
@@ -204,6 +207,7 @@ class LearnerGroup:
         """Begins a checkpoint: returns when the state is copied; rank 0 writes it while training goes on, after the
         one before. A checkpoint that could not be written is a warning here: the one before stays whole."""
         self._heed(self._all("save", str(directory), state)[0])
+        event("checkpoint", path=str(directory))
 
     def saved(self) -> None:
         """Waits until the last checkpoint is written. LearnerError if it could not be."""
@@ -213,12 +217,17 @@ class LearnerGroup:
     def _heed(self, problem: str | None) -> str | None:
         if problem:
             self.failed_saves += 1
+            event("checkpoint_failed", reason=problem)
             log.warning("a checkpoint could not be written: %s; the one before stays", problem)
         return problem
 
     def metrics(self) -> dict[str, float]:
         """Rebuilds of the learner and checkpoints that could not be written, since the driver started."""
         return {"learner/rebuilds": float(self.rebuilds), "checkpoint/failures": float(self.failed_saves)}
+
+    def spans(self) -> list[Span]:
+        """What the ranks have done since they took their groups."""
+        return [span for spans in self._all("spans") for span in spans]
 
     def close(self) -> None:
         """Ends every rank."""

@@ -112,6 +112,11 @@ class RewardPool:
         """Scores groups of `sizes` chains: `start` for each, then `finish`."""
         return self.finish([self.start(group, size) for group, size in zip(groups, sizes, strict=True)])
 
+    def metrics(self) -> dict[str, float]:
+        """Queue and actors of all scorers together, now."""
+        queued, actors, restarts = np.sum([replicas.state() for replicas in self._replicas], axis=0).tolist()
+        return {"reward/queued_groups": queued, "reward/actors": actors, "reward/restarts": restarts}
+
     def close(self) -> None:
         """Ends the actors; what is not scored yet is cancelled."""
         for replicas in self._replicas:

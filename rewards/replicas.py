@@ -20,7 +20,9 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayE
 
 from common import config
 from common.config import ConfigError
-from common.runtime import thread_env
+from common.events import event
+from common.runtime import free_resources, thread_env
+from common.timeline import timed
 from common.types import Group, Rewards
 from rewards.actor import RewardActor
 
@@ -57,11 +59,12 @@ class Replicas:
 
     def __init__(self, scorer: config.Scorer, run_name: str = "") -> None:
         self.scorer = scorer
-        self._prefix = f"{run_name}-reward" if run_name else "reward"
+        self._run = f"{run_name}-" if run_name else ""
         self._jobs: deque[_Job] = deque()
         self._changed = threading.Condition()
         self._closed = False
         self._broken: RuntimeError | None = None
+        self._restarts = 0
         self._actors = [self._start(index) for index in range(scorer.replicas)]
         self._replicas = set(range(scorer.replicas))  # not given up
         self._live = set(self._replicas)  # up and serving
@@ -70,7 +73,7 @@ class Replicas:
         ]
 
     def _actor_name(self, index: int) -> str:
-        return f"{self._prefix}-{self.scorer.name}-{index}"
+        return f"{self._run}reward-{self.scorer.name}-{index}"
 
     def _start(self, index: int) -> Any:
         actor = ray.remote(RewardActor).options(
@@ -93,8 +96,8 @@ class Replicas:
         except GetTimeoutError as error:
             raise RuntimeError(
                 f"reward {name}: {self.scorer.replicas} actors, each with {self.scorer.cpus} CPUs and "
-                f"{self.scorer.gpus} GPUs, did not start within {START_TIMEOUT_S:.0f} s; ask for less or enlarge the "
-                "cluster"
+                f"{self.scorer.gpus} GPUs, did not start within {START_TIMEOUT_S:.0f} s; the cluster has free "
+                f"{free_resources()}; ask for less or enlarge it"
             ) from error
         except RayActorError as error:
             raise ConfigError(f"reward {name} cannot be built: {_last(error)}") from error
@@ -111,6 +114,11 @@ class Replicas:
             self._jobs.append(job)
             self._changed.notify()  # any idle replica may take a job that never failed
         return job.future
+
+    def state(self) -> tuple[int, int, int]:
+        """Groups that wait, actors that serve, actors that were lost since the start."""
+        with self._changed:
+            return len(self._jobs), len(self._live), self._restarts
 
     def close(self) -> None:
         """Ends the actors; groups not scored yet are cancelled."""
@@ -145,7 +153,8 @@ class Replicas:
                 return False
         actor = self._actors[index]
         try:
-            rewards: Rewards = ray.get(actor.score.remote(job.group), timeout=self.scorer.deadline_s)
+            with timed(self._actor_name(index).removeprefix(self._run), "score"):
+                rewards: Rewards = ray.get(actor.score.remote(job.group), timeout=self.scorer.deadline_s)
         except ObjectLostError as error:  # its node is gone; whoever asked for it has it made again
             job.future.set_exception(error)
             return False
@@ -192,16 +201,18 @@ class Replicas:
                 return False
             if lost:
                 self._live.discard(index)
+                self._restarts += 1
             job.failed_on.append(index)
             final = len(job.failed_on) > self.scorer.retries
             if not final:
                 self._jobs.appendleft(job)
             self._changed.notify_all()
+        why = f"no score within {self.scorer.deadline_s:g} s" if isinstance(error, GetTimeoutError) else _last(error)
+        if lost:
+            event("reward_lost", actor=self._actor_name(index), reason=why)
         if final:
-            why = (
-                f"no score within {self.scorer.deadline_s:g} s" if isinstance(error, GetTimeoutError) else _last(error)
-            )
             log.warning("%s: a group is masked after %d tries: %s", self._actor_name(index), len(job.failed_on), why)
+            event("reward_masked", reward=self.scorer.name, tries=len(job.failed_on), reason=why)
             job.future.set_result(Outcome(None, time.monotonic()))
         return lost
 
@@ -220,6 +231,7 @@ class Replicas:
                 with self._changed:
                     self._live.add(index)
                     self._changed.notify_all()
+                event("reward_ready", actor=self._actor_name(index))
                 return
             with self._changed:
                 if self._closed or self._changed.wait_for(lambda: self._closed, _POLL_S):

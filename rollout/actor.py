@@ -134,7 +134,7 @@ class RolloutReplica:
         think = self.config.sampling.think
         prompts = [chat.prompt_ids(request.prompt.text, self.system, think) for request in requests]
         flat = [(prompts[i], seed, request) for i, request in enumerate(requests) for seed in request.seeds]
-        started = time.monotonic()
+        began, started = time.time(), time.monotonic()
         completions = self._reason([ids for ids, _, _ in flat], [seed for _, seed, _ in flat])
         reasoned = time.monotonic()
         drawings = self.denoiser.draw(
@@ -155,7 +155,8 @@ class RolloutReplica:
             groups.append(Group(request.prompt, request.step, tuple(chains[start:end])))
             start = end
         tokens = sum(len(completion.ids) for completion in completions)
-        return RolloutStats(version, len(chains), tokens, reasoned - started, time.monotonic() - reasoned), *groups
+        seconds = reasoned - started, time.monotonic() - reasoned
+        return RolloutStats(version, len(chains), tokens, *seconds, began), *groups
 
     def _guidance(self, requests: list[RolloutRequest]) -> Guidance | None:
         cfg = requests[0].cfg

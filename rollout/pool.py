@@ -17,6 +17,9 @@ import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from common.config import TrainConfig
+from common.events import event
+from common.runtime import free_resources
+from common.timeline import span
 from common.transport import Publication, TransportError
 from common.types import RolloutRequest
 from rollout.batch import Batch, RolloutError, Work
@@ -68,7 +71,7 @@ class RolloutPool:
         )
         raise RolloutError(
             f"{self.serving} of {enough} rollout replicas were ready after {wait_s:.0f} s "
-            f"(rollout.deadline_s): {waiting}; the cluster has free {_free()}"
+            f"(rollout.deadline_s): {waiting}; the cluster has free {free_resources()}"
         )
 
     @property
@@ -77,13 +80,15 @@ class RolloutPool:
         return sum(replica.serving and not replica.leaving for replica in self.replicas)
 
     def metrics(self) -> dict[str, float]:
-        """How many replicas serve and are wanted; restarts and groups that were generated again, since the start."""
+        """How many replicas serve and are wanted; restarts and groups that were generated again, since the start;
+        groups that wait for a replica."""
         with self._changed:
             return {
                 "rollout/replicas": float(self.serving),
                 "rollout/replicas_wanted": float(sum(not replica.leaving for replica in self.replicas)),
                 "rollout/restarts": float(self.restarts),
                 "rollout/rerun_groups": float(self.rerun_groups),
+                "rollout/queued_groups": float(sum(len(work.requests) for work in self._queue)),
             }
 
     def states(self) -> dict[str, str]:
@@ -127,7 +132,10 @@ class RolloutPool:
                 )
             if self._broken:
                 raise self._broken
-        return time.monotonic() - started
+            holding = sum(replica.holds is weights for replica in self.replicas)
+        manifest, seconds = weights.manifest, time.monotonic() - started
+        event("publish", version=manifest.version, checksum=manifest.checksum, replicas=holding, seconds=seconds)
+        return seconds
 
     def submit(self, requests: list[RolloutRequest]) -> Batch:
         """Queues groups; returns at once."""
@@ -221,6 +229,7 @@ class RolloutPool:
         if replica.leaving:
             self.replicas.remove(replica)
             replica.end()
+            event("replica_left", replica=replica.name)
         elif replica.serving and self.weights and replica.holds is not self.weights:
             self._load(self.weights, replica)
         elif replica.serving and self._queue:
@@ -241,6 +250,8 @@ class RolloutPool:
         error = call.future.exception()
         cause = error.cause if isinstance(error, RayTaskError) else error
         if error is None:
+            if not replica.serving:
+                event("replica_ready", replica=replica.name)
             replica.serving, replica.idle_since = True, time.monotonic()
         if call.work:
             self._generated(replica, call, call.work, error)
@@ -264,7 +275,10 @@ class RolloutPool:
     def _generated(self, replica: Replica, call: Call, work: Work, error: BaseException | None) -> None:
         if error is None:
             self._faults = 0
-            work.batch.finish(work.places, call.refs, call.future.result())
+            stats = call.future.result()
+            span(replica.name, "reasoning", stats.started, stats.reasoning_s)
+            span(replica.name, "drawing", stats.started + stats.reasoning_s, stats.drawing_s)
+            work.batch.finish(work.places, call.refs, stats)
             return
         if isinstance(error, RayTaskError):
             work.errors += 1
@@ -287,6 +301,7 @@ class RolloutPool:
         """Ray rebuilds the actor. One whose `__init__` failed Ray gives up; another replica takes its place."""
         if replica.serving:
             log.warning("%s is lost (%s); Ray restarts it", replica.name, type(error).__name__)
+            event("replica_lost", replica=replica.name, reason=type(error).__name__)
             self.restarts += 1
         replica.serving, replica.holds, replica.again_at = False, None, time.monotonic() + TICK_S
         if isinstance(error, RayActorError) and error.actor_init_failed:
@@ -297,6 +312,7 @@ class RolloutPool:
     def _wrong(self, replica: Replica, reason: str) -> None:
         """A replica that does not hold what it was sent is started afresh."""
         log.warning("%s: %s; restarting it", replica.name, reason)
+        event("replica_lost", replica=replica.name, reason=reason)
         self._fault(f"{replica.name}: {reason}")
         self._restart(replica)
 
@@ -312,6 +328,7 @@ class RolloutPool:
             call.deadline = time.monotonic() + self.config.rollout.deadline_s
             return
         log.warning("%s did not finish %s within %.0f s; restarting it", replica.name, call.kind, waited)
+        event("replica_lost", replica=replica.name, reason=f"it did not finish {call.kind} within {waited:.0f} s")
         replica.call = None
         _give_up(call)
         self._restart(replica)
@@ -362,10 +379,6 @@ def _state(replica: Replica) -> str:
     if not replica.serving:
         return "starting"
     return {"load": "loading weights", "generate": "generating"}.get(replica.call.kind if replica.call else "", "idle")
-
-
-def _free() -> dict[str, float]:
-    return {name: amount for name, amount in ray.available_resources().items() if not name.startswith("node:")}
 
 
 __all__ = ["Batch", "RolloutError", "RolloutPool"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 
 from common.config import ConfigError, TrainConfig
-from common.metrics import METRICS, Trackers, describe, gauge_name
+from common.metrics import METRICS, Trackers, describe, exported, gauge
+from common.records import encode_png
 from common.rundir import RunDirectory
 
 
@@ -82,27 +84,66 @@ def test_wandb_continues_the_stored_run(run: RunDirectory, monkeypatch: pytest.M
     assert logged == [{"step": 0, "reward/mean": 0.5}, {"step": 1, "reward/mean": 0.5}]
 
 
-def test_ray_gauges_are_set_with_the_run_as_tag(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def gauges(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float, dict[str, str]]]:
+    """What is set on Ray's gauges, in place of a Ray that would have to run."""
     calls: list[tuple[str, float, dict[str, str]]] = []
 
     class Gauge:
         def __init__(self, name: str, description: str, tag_keys: tuple[str, ...]) -> None:
-            assert description == METRICS[{"unigrpo_step": "step"}.get(name, "reward/mean")]
-            assert tag_keys == ("run",)
-            self.name = name
+            assert description in METRICS.values()
+            self.name, self.tag_keys = name, tag_keys
 
         def set(self, value: float, tags: dict[str, str]) -> None:
+            assert tuple(tags) == self.tag_keys
             calls.append((self.name, value, tags))
 
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: True))
     monkeypatch.setitem(sys.modules, "ray.util.metrics", SimpleNamespace(Gauge=Gauge))
     monkeypatch.setitem(sys.modules, "ray.util", SimpleNamespace())
-    Trackers(_config(), run).log(3, {"reward/mean": 0.5, "text/entropy": float("nan")})
-    assert calls == [("unigrpo_step", 3.0, {"run": "demo"}), ("unigrpo_reward_mean", 0.5, {"run": "demo"})]
+    return calls
 
 
-def test_gauge_names_are_valid_for_prometheus() -> None:
-    assert all(re.fullmatch(r"[a-z][a-z0-9_]*", gauge_name(key)) for key in METRICS if "<" not in key)
+def test_ray_gauges_are_set_with_the_run_as_tag(run: RunDirectory, gauges: list[Any]) -> None:
+    Trackers(_config(), run).log(3, {"reward/mean": 0.5, "reward/a:B": 2.0, "text/entropy": float("nan")})
+    assert gauges == [
+        ("unigrpo_step", 3.0, {"run": "demo"}),
+        ("unigrpo_reward_mean", 0.5, {"run": "demo"}),
+        ("unigrpo_reward_of_scorer", 2.0, {"run": "demo", "scorer": "a:B"}),
+    ]
+
+
+def test_queues_are_sent_to_ray_between_steps(run: RunDirectory, gauges: list[Any]) -> None:
+    read = threading.Event()
+
+    def queue() -> dict[str, float]:
+        read.set()
+        return {"reward/queued_groups": 7.0}
+
+    trackers = Trackers(_config(), run)
+    trackers.watch(queue, every_s=0.01)
+    assert read.wait(30)
+    trackers.close()
+    assert ("unigrpo_reward_queued_groups", 7.0, {"run": "demo"}) in gauges
+    assert run.read_metrics() == []
+
+
+def test_images_are_shown_in_tensorboard(run: RunDirectory) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trackers = Trackers(_config("tensorboard"), run)
+    png = encode_png(np.zeros((3, 5, 3), np.uint8))
+    trackers.images(4, {"heldout/three rings": png})
+    trackers.close()
+    events = EventAccumulator(str(run.tensorboard)).Reload()
+    (image,) = events.Images("heldout/three rings")
+    assert (image.step, image.width, image.height, image.encoded_image_string) == (4, 5, 3, png)
+
+
+def test_gauge_names_are_valid_for_prometheus_and_distinct() -> None:
+    assert all(re.fullmatch(r"ray_unigrpo_[a-z0-9_]+", name) for name in exported())
+    assert len(exported()) == len(METRICS)
+    assert gauge("reward/mean") == ("unigrpo_reward_mean", {})
 
 
 def test_scorers_are_described_and_typos_are_not() -> None:

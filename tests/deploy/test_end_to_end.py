@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from common.config import ConfigError, load_config
+from common.events import read_events
 from common.metrics import METRICS
 from common.records import read_groups
 from common.rundir import RunDirectory
@@ -33,6 +34,7 @@ SMALL = [
     "evaluation.samples=7",
     "recording.rollouts_every=1",
     "recording.latents=true",
+    "recording.timeline_every=2",
     "checkpoints.every=1",
     "checkpoints.keep=5",
 ]
@@ -150,6 +152,30 @@ def test_eval_finds_what_the_training_found_and_starts_no_learner(whole: RunDire
     assert f"| TA-like score | {100 * trained['ta']:.1f} % (" in table.read_text()
     with Image.open(grid) as picture:
         assert picture.format == "PNG" and picture.height > 7 * CELL
+
+
+def test_events_tell_the_story_of_the_run(whole: RunDirectory) -> None:
+    events = read_events(whole.events)
+    kinds = [line["event"] for line in events]
+    assert (kinds[0], kinds[-1]) == ("run_started", "run_ended") and events[-1]["outcome"] == "done"
+    assert [line["step"] for line in events if line["event"] == "step"] == [0, 1, 2]
+    assert [line["path"] for line in events if line["event"] == "checkpoint"] == [
+        str(whole.checkpoint(step)) for step in (1, 2, 3)
+    ]
+    assert [line["step"] for line in events if line["event"] == "evaluation"] == [0, 3]
+
+
+def test_a_timeline_shows_what_every_actor_did(whole: RunDirectory) -> None:
+    assert sorted(whole.timelines.iterdir()) == [whole.timeline_file(0), whole.timeline_file(2)]
+    trace = json.loads(whole.timeline_file(2).read_text())["traceEvents"]
+    names = {entry["tid"]: entry["args"]["name"] for entry in trace if entry["name"] == "thread_name"}
+    did = {(names[entry["tid"]], entry["name"]) for entry in trace if entry["ph"] == "X"}
+    assert {("driver", phase) for phase in ("rollout", "reward", "update", "sync")} <= did
+    assert {(f"rollout-{i}", half) for i in range(2) for half in ("reasoning", "drawing")} & did
+    assert {("reward-shapes-0", "score"), ("learner-0", "publish")} <= did
+    assert {(f"learner-{i}", "update") for i in range(2)} <= did
+    (update,) = [e["dur"] for e in trace if e["name"] == "update" and names[e["tid"]] == "driver"]
+    assert abs(update / 1e6 - whole.read_metrics()[2]["time/update_s"]) < 0.1
 
 
 def test_a_killed_run_resumes_as_if_it_had_not_stopped(whole: RunDirectory, tmp_path: Path) -> None:

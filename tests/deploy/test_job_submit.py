@@ -1,11 +1,15 @@
-"""`ray job submit --working-dir . -- unigrpo train RECIPE` on a running cluster with token authentication."""
+"""Jobs on a running cluster of a head and two workers with token authentication: `unigrpo submit`, `ray job submit`."""
 
 from __future__ import annotations
 
 import json
 import os
+import random
+import re
 import secrets
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -13,6 +17,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,18 +26,23 @@ import psutil
 import pytest
 
 from common.config import REPOSITORY, ConfigError, load_config
+from common.events import read_events
 from common.rundir import RunDirectory
-from common.runtime import free_port
+from common.runtime import SUBMITTED_WITH, check_versions, free_port, versions
 from deploy import session
+from deploy import submit as jobs
 
 RAY = str(Path(sys.executable).with_name("ray"))
+UNIGRPO = str(Path(sys.executable).with_name("unigrpo"))
 
 # These two exist in the submitted copy only, so that a run that succeeds has read driver and actors from there.
 RECIPE = """
 run_name: job
 steps: 2
 data: {prompts_per_step: 4, group_size: 4}
-rewards: [{name: "rewards.only_here:OnlyHere"}]
+rewards: [{name: "rewards.only_here:OnlyHere", custom: {rollout_node: 1}}]
+rollout: {custom: {rollout_node: 1}}
+learner: {custom: {learner_node: 1}}
 evaluation: {prompts: 7, images_per_prompt: 2, samples: 7}
 """
 SCORER = """
@@ -42,6 +52,7 @@ from rewards.shapes import ShapesScorer
 class OnlyHere(ShapesScorer):
     pass
 """
+CLIENTS_SECRET = secrets.token_hex(20)
 
 # How far vLLM's mean log-probs may be from the learner's when both compute in bf16; 1e-3 where measured.
 BFLOAT16_LOGPROBS = 2e-2
@@ -49,10 +60,9 @@ BFLOAT16_LOGPROBS = 2e-2
 
 @dataclass
 class Head:
-    """A cluster of one node on loopback."""
+    """A cluster on loopback: a head that takes no actors, a learner node and a rollout node."""
 
     dashboard: str
-    gcs: str
     metrics: str
     runs: Path
     environment: dict[str, str]
@@ -64,25 +74,40 @@ class Head:
         with urllib.request.urlopen(request, timeout=10) as reply:
             return json.load(reply)
 
-    def submit(self, directory: Path, *entrypoint: str, token: str | None = None) -> subprocess.Popen[str]:
+    def start(self, directory: Path, *command: str, token: str | None = None) -> subprocess.Popen[str]:
+        """A client of the cluster."""
         return subprocess.Popen(
-            [RAY, "job", "submit", "--address", self.dashboard, "--working-dir", ".", "--", *entrypoint],
+            command,
             cwd=directory,
-            env=self.environment | ({"RAY_AUTH_TOKEN": token} if token else {}),
+            env=self.environment
+            | {"RAY_API_SERVER_ADDRESS": self.dashboard, "CLIENTS_API_KEY": CLIENTS_SECRET}
+            | ({"RAY_AUTH_TOKEN": token} if token else {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
 
+    def ray_submit(self, directory: Path, *entrypoint: str, token: str | None = None) -> subprocess.Popen[str]:
+        return self.start(directory, RAY, "job", "submit", "--working-dir", ".", "--", *entrypoint, token=token)
+
+
+def lasting_ports(count: int) -> list[int]:
+    """Free ports that stay free until a server takes them: below those of outgoing connections."""
+    found: list[int] = []
+    for port in random.sample(range(20_000, 32_000), 1000):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found.append(port)
+        if len(found) == count:
+            break
+    return found
+
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
     scratch = Path(tempfile.mkdtemp(prefix="rj-", dir="/tmp"))  # pytest's paths are too long for Ray's sockets
-    names = ["port", "dashboard-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port"]
-    names += ["metrics-export-port", "ray-client-server-port"]
-    ports: dict[str, int] = {}
-    while len(set(ports.values())) < len(names):
-        ports = {name: free_port() for name in names}
+    names = ("dashboard_port", "dashboard_agent_listen_port", "metrics_export_port")
+    ports = dict(zip(names, lasting_ports(len(names)), strict=True))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
         "PATH": f"{Path(RAY).parent}{os.pathsep}{os.environ['PATH']}",
         "RAY_AUTH_MODE": "token",
@@ -90,46 +115,40 @@ def head() -> Iterator[Head]:
         # Ray's switch for "this machine only": without it 127.0.0.1 is replaced by the machine's outer address.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_metrics_report_interval_ms": "500",
+        # Where Ray notes the address of "the" cluster of a machine, for its jobs among others.
+        "RAY_TMPDIR": str(scratch),
         "UNIGRPO_HOME": str(scratch / "home"),
+        "WANDB_API_KEY": secrets.token_hex(20),
     }
     (scratch / "home").mkdir()
-    log = scratch / "head.log"
-    with log.open("w") as output:
+    log = scratch / "cluster.log"
+    with log.open("w") as errors:
         process = subprocess.Popen(
-            [RAY, "start", "--head", "--block", "--num-cpus=2", "--object-store-memory=300000000",
-             "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--disable-usage-stats",
-             f"--temp-dir={scratch / 'ray'}", *(f"--{name}={port}" for name, port in ports.items())],
-            env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+            [sys.executable, str(Path(__file__).with_name("loopback_cluster.py")), json.dumps(ports)],
+            env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
         )  # fmt: skip
-    started = Head(
-        f"http://127.0.0.1:{ports['dashboard-port']}",
-        f"127.0.0.1:{ports['port']}",
-        f"http://127.0.0.1:{ports['metrics-export-port']}/metrics",
-        scratch / "home" / "runs",
-        environment,
-    )
+    assert process.stdin and process.stdout
     try:
-        deadline = time.monotonic() + 90
-        while not answers(started):
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
-            time.sleep(0.3)
-        yield started
+        # The test's own timeout bounds the wait.
+        assert process.stdout.readline() == "up\n", log.read_text()[-3000:]
+        yield Head(
+            f"http://127.0.0.1:{ports['dashboard_port']}",
+            f"http://127.0.0.1:{ports['metrics_export_port']}/metrics",
+            scratch / "home" / "runs",
+            environment,
+        )
     finally:
         # Only what was started here: `ray stop` would end every cluster of this machine.
-        mine = psutil.Process(process.pid).children(recursive=True)
-        process.terminate()
-        _, left = psutil.wait_procs(mine, timeout=15)
+        mine = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        process.stdin.close()
+        try:
+            process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        _, left = psutil.wait_procs(mine, timeout=5)
         for survivor in left:
             survivor.kill()
-        process.wait(timeout=15)
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def answers(head: Head) -> bool:
-    try:
-        return bool(head.get("/api/v0/nodes")["data"]["result"]["result"])
-    except OSError:  # recovered from: not up yet
-        return False
 
 
 @pytest.fixture(scope="module")
@@ -150,19 +169,22 @@ def scrape(head: Head) -> str:
         return reply.read().decode()
 
 
-def test_a_job_trains(head: Head, copy: Path) -> None:
-    job = head.submit(copy, "unigrpo", "train", "elsewhere", "rollout.dtype=bfloat16", "learner.dtype=bfloat16")
-    actors: set[str] = set()
+def test_a_job_trains_on_the_nodes_it_names(head: Head, copy: Path) -> None:
+    recipe = ("deploy/recipes/elsewhere.yaml", "rollout.dtype=bfloat16", "learner.dtype=bfloat16")
+    job = head.start(copy, UNIGRPO, "submit", *recipe)
+    actors: dict[str, str] = {}
     metrics = ""
     while job.poll() is None:
         rows = head.get("/api/v0/actors?limit=100")["data"]["result"]["result"]
-        actors |= {row["name"] for row in rows if row["state"] == "ALIVE"}
+        actors |= {row["name"]: row["node_id"] for row in rows if row["state"] == "ALIVE"}
         if "unigrpo_" not in metrics:
             metrics = scrape(head)
         time.sleep(0.5)
     output = job.communicate()[0]
     assert job.returncode == 0, output[-4000:]
-    assert [entry["status"] for entry in head.get("/api/jobs/") if entry["type"] == "SUBMISSION"] == ["SUCCEEDED"]
+    assert re.search(rf"{head.dashboard}/#/jobs/raysubmit_\w+", output)
+    (entry,) = [entry for entry in head.get("/api/jobs/") if entry["type"] == "SUBMISSION"]
+    assert entry["status"] == "SUCCEEDED" and entry["metadata"] == versions()
 
     run = RunDirectory(head.runs / "job").open()
     assert f"report: {run.report}" in output and run.report.exists()
@@ -172,15 +194,47 @@ def test_a_job_trains(head: Head, copy: Path) -> None:
     assert all(0 < row["text/logprob_diff_rollout"] < BFLOAT16_LOGPROBS for row in rows)
     assert list(run.read_evaluations()) == [0, 2] and run.latest_checkpoint() == run.checkpoint(2)
 
+    recorded = b"".join(path.read_bytes() for path in run.path.rglob("*") if path.is_file())
+    shown = recorded.decode(errors="ignore") + output + json.dumps(entry)
+    for secret in (head.environment["WANDB_API_KEY"], head.environment["RAY_AUTH_TOKEN"], CLIENTS_SECRET):
+        assert secret not in shown
+    events = [json.loads(line)["event"] for line in output.splitlines() if line.startswith('{"time"')]
+    assert events == [line["event"] for line in read_events(run.events)] and events.count("step") == 2
+
     scorer = "job-reward-rewards.only_here:OnlyHere-0"
-    assert {"job-rollout-0", "job-rollout-1", "job-learner-0", "job-learner-1", scorer} <= actors
+    learners, replicas = ([f"job-{kind}-{i}" for i in range(2)] for kind in ("learner", "rollout"))
+    assert {*learners, *replicas, scorer} <= actors.keys()
+    assert len({actors[name] for name in learners}) == len({actors[name] for name in (*replicas, scorer)}) == 1
+    assert actors[learners[0]] != actors[replicas[0]]
     for name in ("reward_mean", "weights_version", "time_step_s"):
         assert f"ray_unigrpo_{name}{{" in metrics
     assert 'run="job"' in metrics
 
 
+def test_interrupt_leaves_the_job_alone_unless_asked(head: Head, copy: Path) -> None:
+    def interrupted(*arguments: str) -> tuple[int, str]:
+        client = head.start(copy, UNIGRPO, "submit", *arguments)
+        assert client.stdout is not None
+        output = ""
+        while "starting Ray" not in output:
+            line = client.stdout.readline()
+            assert line, output
+            output += line
+        client.send_signal(signal.SIGINT)
+        return client.wait(timeout=90), output + client.stdout.read()
+
+    code, output = interrupted("deploy/recipes/elsewhere.yaml", "run_name=long", "steps=1000")
+    (name,) = set(re.findall(r"raysubmit_\w+", output))
+    assert code == jobs.INTERRUPTED and f"{name} goes on" in output
+    assert head.get(f"/api/jobs/{name}")["status"] == "RUNNING"
+    code, output = interrupted("--follow", name, "--stop-on-interrupt")
+    assert code == jobs.STOPPED and head.get(f"/api/jobs/{name}")["status"] == "STOPPED"
+    again = head.start(copy, UNIGRPO, "submit", "--stop", name)
+    assert f"{name}: STOPPED" in again.communicate(timeout=60)[0] and again.returncode == 0
+
+
 def test_a_job_that_asks_for_too_much_says_so(head: Head, copy: Path) -> None:
-    job = head.submit(copy, "unigrpo", "train", "elsewhere", "run_name=big", "learner.cpus=3")
+    job = head.ray_submit(copy, "unigrpo", "train", "elsewhere", "run_name=big", "learner.cpus=3")
     output = job.communicate(timeout=120)[0]
     assert job.returncode != 0
     assert "error: the actors ask for" in output and "learner 2 x 3" in output and "the cluster has 2" in output
@@ -194,10 +248,42 @@ def test_a_wrong_token_is_refused(head: Head, copy: Path) -> None:
         head.get("/api/v0/actors", token="0" * 64)
     with pytest.raises(urllib.error.HTTPError, match="401"):
         urllib.request.urlopen(head.dashboard + "/api/v0/actors", timeout=10)
-    job = head.submit(copy, "true", token="0" * 64)
-    output = job.communicate(timeout=60)[0]
-    assert job.returncode != 0 and "authentication token is invalid" in output
+    clients = [
+        head.ray_submit(copy, "true", token="0" * 64),
+        head.start(copy, UNIGRPO, "submit", "shapes", token="0" * 64),
+    ]
+    for client in clients:
+        output = client.communicate(timeout=90)[0]
+        assert client.returncode != 0 and "authentication token is invalid" in output
+    assert client.returncode == 2 and "Traceback" not in output
     assert len(head.get("/api/jobs/")) == before
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:8265", "http://127.0.0.1:{port}"])
+def test_an_address_that_takes_no_jobs(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")  # restored afterwards
+    with pytest.raises(ConfigError, match=r"--address is .*127\.0\.0\.1:\d+.*dashboard's"):
+        jobs.connect(address.format(port=free_port()))
+
+
+def test_a_recipe_file_must_be_uploaded(tmp_path: Path) -> None:
+    inside, outside = tmp_path / "here" / "mine.yaml", tmp_path / "mine.yaml"
+    inside.parent.mkdir()
+    for recipe in (inside, outside):
+        recipe.write_text("steps: 1\n")
+    assert jobs.uploaded("shapes", inside.parent) == "shapes"
+    assert jobs.uploaded(str(inside), inside.parent) == "mine.yaml"
+    with pytest.raises(ConfigError, match=r"mine\.yaml is not inside --working-dir .*here.*move it there"):
+        jobs.uploaded(str(outside), inside.parent)
+
+
+def test_client_and_cluster_of_different_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_versions()
+    monkeypatch.setenv(SUBMITTED_WITH, json.dumps(versions()))
+    check_versions()
+    monkeypatch.setenv(SUBMITTED_WITH, json.dumps(versions() | {"ray": "1.0"}))
+    with pytest.raises(ConfigError, match=r"ray 1\.0 there, 2\.\S+ here; install the same lock file"):
+        session.connect(load_config("shapes"))
 
 
 def test_what_is_uploaded_is_code_and_the_model() -> None:
@@ -245,15 +331,3 @@ def test_a_server_that_is_not_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
     with pytest.raises(ConfigError, match=r"RAY_ADDRESS is http.*head:port"):
         session.connect(load_config("shapes"))
-
-
-def test_nodes_that_the_launcher_may_add_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(session.ray, "cluster_resources", lambda: {"CPU": 4.0, "memory": 1.0})
-    assert session.capacity() == {"CPU": 4.0, "memory": 1.0}
-    groups = {
-        "head": {"resources": {"CPU": 0}, "max_workers": 0},
-        "rollout": {"resources": {"CPU": 8, "rollout_node": 1000}, "max_workers": 3},
-    }
-    (tmp_path / "ray_bootstrap_config.yaml").write_text(json.dumps({"available_node_types": groups}))
-    assert session.capacity() == {"CPU": 24, "rollout_node": 3000, "memory": 1.0}

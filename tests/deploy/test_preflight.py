@@ -12,7 +12,7 @@ from common.bagel.config import CheckpointError
 from common.config import ConfigError, TrainConfig, validate
 from common.prompts import PromptOrder, read_prompts
 from common.types import RolloutRequest
-from deploy.preflight import check_inputs, check_resources, demands, describe
+from deploy.preflight import check_fits, check_inputs, check_resources, demands, describe
 from deploy.requests import evaluation_requests, training_requests
 
 TRAIN = Path(__file__).parents[2] / "common/shapes/data/train.jsonl"
@@ -37,6 +37,20 @@ def test_no_gpu_where_one_is_asked_for() -> None:
     with pytest.raises(ConfigError, match=r"ask for 2 GPUs \(rollout 1 x 2.*the cluster has 0"):
         check_resources(config, {"CPU": 100.0})
     check_resources(config, {"CPU": 100.0, "GPU": 2.0})
+
+
+def test_an_actor_larger_than_any_node() -> None:
+    config = config_with(learner={"cpus": 3}, rollout={"cpus": 1, "custom": {"rollout_node": 1}})
+    nodes = [{"CPU": 2.0, "rollout_node": 1000.0}, {"CPU": 4.0}]
+    check_fits(config, nodes)
+    with pytest.raises(
+        ConfigError, match=r"one learner actor asks for 3 CPUs, but no node has .*nodes: 2 CPUs\); lower"
+    ):
+        check_fits(config, nodes[:1])
+    with pytest.raises(
+        ConfigError, match=r"one rollout actor asks for 1 CPUs, 1 rollout_node, .*4 CPUs, 0 rollout_node"
+    ):
+        check_fits(config, nodes[1:])
 
 
 def test_missing_checkpoint(tmp_path: Path) -> None:

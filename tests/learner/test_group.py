@@ -106,3 +106,13 @@ def test_a_lost_rank_a_full_disk_and_another_number_of_ranks(
         assert all((before[key] == after[key]).all() for key in before)
     assert group.update(1, refs, REWARDS)["weights/version"] == 2
     assert group.metrics()["learner/rebuilds"] == 1
+
+
+def test_what_the_ranks_waited_for_is_said(local_ray: None, config: TrainConfig) -> None:
+    learner = config.learner.model_copy(update={"custom": {"nowhere": 1.0}, "deadline_s": 1.0})
+    group = LearnerGroup(config.model_copy(update={"run_name": "roomless", "learner": learner}))
+    try:
+        with pytest.raises(LearnerError, match=r"no room for 2 learner ranks of .*nowhere.* 1 s .*has free .*CPU"):
+            group.wait_ready()
+    finally:
+        group.close()

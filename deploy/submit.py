@@ -1,0 +1,117 @@
+"""`unigrpo submit`: a training sent to a Ray cluster as a job, followed to its end or left alone."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import aiohttp
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+
+from common.config import ConfigError
+from common.runtime import SUBMITTED_WITH, check_answers, one_line, versions
+
+INTERRUPTED = 130
+STOPPED = 143
+STOP_S = 60.0
+
+
+def connect(address: str) -> JobSubmissionClient:
+    """A client of the dashboard at http://host:port, with the token that Ray's variables or its file give.
+
+    ConfigError if nobody answers there, or refuses us.
+    """
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"--address is {address}; give the dashboard's, e.g. http://127.0.0.1:8265")
+    os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray would prefer RAY_ADDRESS to an argument
+    try:
+        check_answers(parts.hostname, parts.port or (443 if parts.scheme == "https" else 80))
+        return JobSubmissionClient(address)
+    except (AuthenticationError, OSError, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"--address is {address} but no Ray cluster takes jobs from us there ({one_line(error)}). Give its "
+            "dashboard's (`ray dashboard ray_cluster.yaml` forwards it), with RAY_AUTH_MODE and the token as there"
+        ) from error
+
+
+def uploaded(recipe: str, working_dir: Path) -> str:
+    """A recipe as the job finds it: a name stays, a file becomes relative to what is uploaded. ConfigError for one
+    that is outside."""
+    if not Path(recipe).is_file():
+        return recipe
+    try:
+        return str(Path(recipe).resolve().relative_to(working_dir.resolve()))
+    except ValueError:
+        raise ConfigError(
+            f"recipe {recipe} is not inside --working-dir {working_dir}, which is all that is uploaded; move it there"
+        ) from None
+
+
+def submit(client: JobSubmissionClient, working_dir: Path, command: list[str]) -> str:
+    """Uploads the working directory, less what .gitignore and .rayignore name, and starts the command; the job's id.
+
+    Nothing of this machine's environment goes along: a job's variables are shown in the dashboard.
+    """
+    carried = {SUBMITTED_WITH: json.dumps(versions())}
+    try:
+        return client.submit_job(
+            entrypoint=shlex.join(command),
+            runtime_env={"working_dir": str(working_dir), "env_vars": carried},
+            metadata=versions(),
+        )
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(f"the cluster did not take the job ({one_line(error)})") from error
+
+
+def follow(client: JobSubmissionClient, job: str, stop_on_interrupt: bool) -> int:
+    """Prints the job's log until it ends; its exit code. Ctrl-C leaves the job alone (130) unless it is to stop it."""
+    try:
+        asyncio.run(_print_log(client, job))
+    except KeyboardInterrupt:
+        if not stop_on_interrupt:
+            print(f"\n{job} goes on: `unigrpo submit --follow {job}` shows it again, --stop {job} ends it", flush=True)
+            return INTERRUPTED
+        stop(client, job)
+    except (RuntimeError, aiohttp.ClientError) as error:
+        raise ConfigError(f"lost the log of {job} ({one_line(error)}); try `unigrpo submit --follow {job}`") from error
+    return _exit_code(_ended(client, job))
+
+
+def stop(client: JobSubmissionClient, job: str) -> JobStatus:
+    """Ends a job and waits until it has; a run that it trained continues with --resume. ConfigError for no such job."""
+    try:
+        client.stop_job(job)
+    except RuntimeError as error:
+        raise ConfigError(f"{job} cannot be stopped ({one_line(error)})") from error
+    return _ended(client, job).status
+
+
+async def _print_log(client: JobSubmissionClient, job: str) -> None:
+    async for lines in client.tail_job_logs(job):
+        print(lines, end="", flush=True)
+
+
+def _ended(client: JobSubmissionClient, job: str) -> JobDetails:
+    deadline = time.monotonic() + STOP_S
+    while not (info := client.get_job_info(job)).status.is_terminal():
+        if time.monotonic() > deadline:
+            raise ConfigError(f"{job} is still {info.status} after {STOP_S:.0f} s; look at its driver in the dashboard")
+        time.sleep(0.2)
+    return info
+
+
+def _exit_code(info: JobDetails) -> int:
+    if info.status == JobStatus.STOPPED:
+        return STOPPED
+    if info.status == JobStatus.FAILED and info.driver_exit_code is None:
+        print(f"error: {info.message}", file=sys.stderr)
+    code = info.driver_exit_code if info.driver_exit_code is not None else int(info.status != JobStatus.SUCCEEDED)
+    return code if code >= 0 else 128 - code
