@@ -76,6 +76,9 @@ class Data(Section):
     """Prompts (groups) in one training step."""
     group_size: Annotated[int, Field(ge=2)] = 16
     """Chains per prompt."""
+    refill_rounds: Annotated[int, Field(ge=0)] = 0
+    """Dynamic sampling (DAPO): rounds in which groups whose chains all scored alike are replaced by other prompts; 0
+    masks them only."""
 
 
 class Cfg(Section):
@@ -189,6 +192,9 @@ class Optimizer(Section):
     """Learning rate of the understanding expert, embeddings and head."""
     lr_denoising: NonNegative = 1e-4
     """Learning rate of the generation expert and the latent projections."""
+    frozen: tuple[str, ...] = ()
+    """What stays as it is: the groups reasoning or denoising, or patterns of parameter names such as
+    "*.embed_tokens.*"; `--dry-run` prints which parameter falls where."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's betas."""
     weight_decay: NonNegative = 0.0
@@ -333,6 +339,9 @@ class TrainConfig(Section):
     """Stop after the step that passes this many minutes of training; 0 is no limit."""
     max_staleness: Annotated[int, Field(ge=0)] = 0
     """How many versions a rollout may be behind the update that uses it; 0 is on-policy."""
+    self_test: bool = True
+    """Before the first update, and after every resume, compare a few chains as rollout and learner see them, and refuse
+    to train if they differ by more than rounding (bounds in learner/self_test.py)."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What to do when a reward, a loss or a gradient is NaN or infinite: stop, or leave the chains or the update out
     and count them; the weights are never touched."""

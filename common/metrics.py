@@ -21,6 +21,7 @@ METRICS: dict[str, str] = {
     "step": "Training step, counted from 0.",
     "reward/mean": "Mean weighted reward of the step's scored chains.",
     "reward/std": "Standard deviation of the reward over the step's scored chains.",
+    "reward/refilled_groups": "Groups replaced because all their chains scored alike (data.refill_rounds).",
     "reward/zero_variance_groups": "Groups whose rewards are all equal and which therefore teach nothing.",
     "reward/masked_chains": "Chains that could not be scored and are left out of the update.",
     "reward/nonfinite": "Scores that were NaN or infinite; those chains are left out of the update.",

@@ -165,12 +165,13 @@ class OpenPolicy(ABC):
 @dataclass(frozen=True)
 class Outline:
     """What is known of a policy before its tensors are read: chat, positions of its decoder, `grid` and `token_dim` as
-    above."""
+    above; skeleton: the policy without numbers (meta tensors), where that is to be had."""
 
     chat: Chat
     positions: int
     grid: Callable[[int, int], tuple[int, int]]
     token_dim: int
+    skeleton: Callable[[], Policy] | None = None
 
 
 def outline(model: Model) -> Outline:
@@ -181,8 +182,13 @@ def outline(model: Model) -> Outline:
     directory = resolve_path(model.path)
     config = checkpoint.check(directory)
     llm = config.llm_config
+    chat = ChatTokenizer.read(directory, llm.vocab_size)
     return Outline(
-        ChatTokenizer.read(directory, llm.vocab_size), llm.max_position_embeddings, config.grid, config.token_dim
+        chat,
+        llm.max_position_embeddings,
+        config.grid,
+        config.token_dim,
+        lambda: checkpoint.skeleton(config, chat),
     )
 
 

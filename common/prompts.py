@@ -85,6 +85,13 @@ class PromptOrder:
         first = step * self.per_step
         return [self._at(place) for place in range(first, first + self.per_step)]
 
+    def others(self, step: int, turn: int, count: int) -> list[Prompt]:
+        """At most `count` prompts that the step does not have, drawn anew for every turn."""
+        taken = {prompt.id for prompt in self.batch(step)}
+        rest = [prompt for prompt in self.prompts if prompt.id not in taken]
+        drawn = np.random.default_rng([self.seed, step, turn]).permutation(len(rest))[:count]
+        return [rest[place] for place in drawn]
+
     def _at(self, place: int) -> Prompt:
         turn, offset = divmod(place, len(self.prompts))
         order = np.random.default_rng([self.seed, turn]).permutation(len(self.prompts))

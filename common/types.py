@@ -22,6 +22,10 @@ class NonFiniteError(RuntimeError):
     """A reward, a loss or a gradient is NaN or infinite and on_nonfinite is stop; the weights are as they were."""
 
 
+class SelfTestError(RuntimeError):
+    """Rollout and learner do not see the same chains; nothing was trained."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One line of a prompt file: the text, its GenEval-like metadata (tag, include, exclude), and a unique id."""

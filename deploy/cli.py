@@ -23,7 +23,7 @@ from common.config import (
     to_yaml,
     validate,
 )
-from common.types import NonFiniteError
+from common.types import NonFiniteError, SelfTestError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
@@ -35,7 +35,7 @@ def train(
     recipe: Annotated[str | None, typer.Argument(help="Recipe file, or a name in deploy/recipes.")] = None,
     overrides: Overrides = None,
     dry_run: Annotated[
-        bool, typer.Option(help="Print config, batch arithmetic, actors and their memory; start nothing.")
+        bool, typer.Option(help="Print config, batch, actors, parameters and memory; start nothing.")
     ] = False,
     gpus: Annotated[str | None, typer.Option(help="With --dry-run: GPUs to fit in, e.g. 8xH100-80GB.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue this run directory.")] = None,
@@ -45,9 +45,10 @@ def train(
     if dry_run:
         from deploy.preflight import check_inputs, describe
 
-        check_inputs(config, weights=False)
+        inputs = check_inputs(config, weights=False)
         typer.echo(to_yaml(config))
         typer.echo(describe(config))
+        typer.echo(inputs.parameters)
         _show_plan(config, gpus)
         return
     from deploy.loop import train as run_training
@@ -248,7 +249,8 @@ def schema() -> None:
 
 
 def main() -> None:
-    """Entry point: bad input is one line on stderr and exit code 2; a run that stops over NaN or infinity, code 1."""
+    """Entry point: bad input is one line on stderr and exit code 2; a run that stops over NaN, infinity or its
+    self-test, code 1."""
     if not os.environ.get("RAY_ADDRESS"):
         # A Ray of this machine alone listens on loopback; read when Ray is imported, and named after its first use.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
@@ -258,7 +260,7 @@ def main() -> None:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except NonFiniteError as error:
+    except (NonFiniteError, SelfTestError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
 

@@ -17,6 +17,7 @@ from common.rundir import RunDirectory
 from common.timeline import timed
 from deploy.evaluation_run import evaluate
 from deploy.recovery import Recovery, redoing_lost
+from deploy.refill import refill
 from deploy.requests import training_requests
 from deploy.session import Session
 from learner.group import LostLearnerError
@@ -87,12 +88,14 @@ def learn(session: Session, step: int, batch: Batch, clock: Clock) -> tuple[Scor
         tickets = dict(sorted((place, session.rewards.start(ref, batch.sizes[place])) for place, ref in arrivals))
     with clock("reward"):
         scored = session.rewards.finish(list(tickets.values()))
+    scored, refilled = refill(session, step, batch, scored)
     staleness = session.version - np.array(batch.versions)
     stale = staleness > session.config.max_staleness
     scored.total[stale] = np.nan
     with clock("update"):
         updated = session.learner.update(step, batch.refs, scored.total)
     return scored, updated | {
+        "reward/refilled_groups": float(refilled),
         "rollout/staleness": float(staleness.mean()),
         "rollout/stale_groups": float(stale.sum()),
     }

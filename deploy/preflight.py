@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads: checked."""
+    """What a run reads: checked. parameters: which of the policy's are trained, for people."""
 
     train: list[Prompt]
     heldout: list[Prompt]
+    parameters: str
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,18 @@ def check_inputs(config: TrainConfig, weights: bool = True) -> Inputs:
                     raise ConfigError(
                         f"{file}: prompt {prompt.id}: {error} (needed by reward {scorer.name})"
                     ) from error
-    return Inputs(train, evenly(heldout, config.evaluation.prompts))
+    return Inputs(train, evenly(heldout, config.evaluation.prompts), check_parameters(config, model) if model else "")
+
+
+def check_parameters(config: TrainConfig, model: Outline) -> str:
+    """The table of parameter groups; empty where the policy has to be read for it. ConfigError for optimizer.frozen."""
+    from common.parameters import freeze, table
+
+    if model.skeleton is None:
+        return ""
+    policy = model.skeleton()
+    freeze(policy, config.optimizer.frozen)
+    return table(policy, config.optimizer)
 
 
 def check_image(config: TrainConfig, model: Outline) -> None:

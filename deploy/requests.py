@@ -13,19 +13,33 @@ EVALUATION_STREAM = 2**31
 
 def training_requests(config: TrainConfig, order: PromptOrder, step: int) -> list[RolloutRequest]:
     """One group per prompt of the step."""
+    return [_training_request(config, prompt, step, place) for place, prompt in enumerate(order.batch(step))]
+
+
+def refill_requests(
+    config: TrainConfig, order: PromptOrder, step: int, turn: int, places: list[int]
+) -> dict[int, RolloutRequest]:
+    """Other groups for these places of a step, by place; fewer than asked for if the prompts run out. turn: from 1."""
+    # Seeds and windows as if the step had that many prompts more: no other group has them.
+    first = turn * config.data.prompts_per_step
+    prompts = order.others(step, turn, len(places))
+    return {
+        place: _training_request(config, prompt, step, first + place)
+        for place, prompt in zip(places, prompts, strict=False)
+    }
+
+
+def _training_request(config: TrainConfig, prompt: Prompt, step: int, place: int) -> RolloutRequest:
     size, shared = config.data.group_size, config.sampling.shared_noise
-    return [
-        RolloutRequest(
-            prompt,
-            step,
-            tuple(chain_seed(config.seed, step, place, g) for g in range(size)),
-            training_window(config, step, place),
-            config.sampling.points,
-            config.sampling.cfg,
-            chain_seed(config.seed, step, place, size + 1) if shared else None,
-        )
-        for place, prompt in enumerate(order.batch(step))
-    ]
+    return RolloutRequest(
+        prompt,
+        step,
+        tuple(chain_seed(config.seed, step, place, g) for g in range(size)),
+        training_window(config, step, place),
+        config.sampling.points,
+        config.sampling.cfg,
+        chain_seed(config.seed, step, place, size + 1) if shared else None,
+    )
 
 
 def training_window(config: TrainConfig, step: int, place: int) -> tuple[int, int]:

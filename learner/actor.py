@@ -13,7 +13,7 @@ import ray
 import torch
 from numpy.typing import NDArray
 
-from common import flow
+from common import flow, parameters
 from common.advantage import group_advantages
 from common.bagel.text import system_prompt
 from common.config import TrainConfig, resolve_path
@@ -27,6 +27,7 @@ from learner import checkpoint as run_checkpoint
 from learner.engine import Engine, init_process_group
 from learner.publish import Publisher
 from learner.refl import ReFLUpdater
+from learner.self_test import CHAINS, Comparison, compare
 from learner.update import MicroBatch, Updater, lay_out, metrics_of, share_out
 
 
@@ -50,15 +51,14 @@ class LearnerRank:
             # The checkpoint the run started from. Its parameters keep requires_grad although nothing trains them:
             # torch picks other kernels without it, and the distance of equal weights must be exactly 0.
             self.reference = open_policy(config.model, dtype, device).policy.eval()
+            parameters.freeze(self.reference, config.optimizer.frozen)
         rows, cols = self.checkpoint.grid(config.model.height, config.model.width)
         clip = flow.image_clip(o.image_clip, rows * cols * self.checkpoint.token_dim)
         if config.learner.activation_checkpointing:
             policy.recompute_activations()
-        groups = policy.parameter_groups()
-        self.rates = {
-            "reasoning": config.optimizer.lr_reasoning,
-            "denoising": config.optimizer.lr_denoising,
-        }
+        parameters.freeze(policy, config.optimizer.frozen)
+        groups = {name: pairs for name, pairs in policy.parameter_groups().items() if pairs}
+        self.rates = {name: rate for name, rate in parameters.rates(config.optimizer).items() if name in groups}
         self.named = [pair for pairs in groups.values() for pair in pairs]
         self.engine = Engine(
             policy,
@@ -113,6 +113,17 @@ class LearnerRank:
         take_spans()  # of the step before, which nobody asked for
         with timed(f"learner-{self.rank}", "fetch"):
             self.groups: dict[int, Group] = dict(zip(wanted, ray.get([refs[b] for b in wanted]), strict=True))
+
+    @torch.no_grad()
+    def self_test(self, refs: list[ray.ObjectRef]) -> Comparison | None:
+        """A few chains of one of the groups, as the rollout and as this rank sees them; None for those of other
+        weights than these, which cannot agree."""
+        group: Group = ray.get(refs[self.rank % len(refs)])
+        chains = [(group, chain) for chain in group.chains[:CHAINS]]
+        micro = self._lay_out(chains, [0.0] * len(chains), [0.0] * len(chains))
+        if not micro.on_policy:
+            return None
+        return compare(micro, self.updater.forward(self.engine.module, micro), self.config.sampling)
 
     def update(self, step: int) -> dict[str, float]:
         """One joint update from all groups that the ranks took; metrics of all ranks. Without any contributing chain

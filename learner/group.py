@@ -24,8 +24,9 @@ from common.timeline import Span
 from common.transport import Publication
 from common.transport.collective import CollectivePublication
 from common.transport.object_store import ObjectStorePublication
-from common.types import NonFiniteError, WeightManifest
+from common.types import NonFiniteError, SelfTestError, WeightManifest
 from learner.actor import LearnerRank
+from learner.self_test import verdict
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ class LearnerGroup:
 
     def _start(self, resume: Path | None) -> None:
         config, resources = self.config, self.config.learner
+        self.tested = not config.self_test
         self._room = reserve(resources.ranks, {"CPU": resources.cpus, "GPU": resources.gpus, **resources.custom})
         self._published: WeightManifest | None = None
         self._buffers: dict[int, ray.ObjectRef] = {}
@@ -145,7 +147,10 @@ class LearnerGroup:
 
     def update(self, step: int, groups: list[ray.ObjectRef], rewards: NDArray[np.float64]) -> dict[str, float]:
         """One joint update; rewards [B, G]. ObjectLostError, with nothing changed, if a group is on no node any more;
-        NonFiniteError if it went wrong and on_nonfinite is stop."""
+        SelfTestError before the first one if rollout and learner do not agree; NonFiniteError if it went wrong and
+        on_nonfinite is stop."""
+        if not self.tested:
+            self._self_test(step, groups)
         self._all("take", groups, rewards)
         metrics: dict[str, float] = self._all("update", step)[0]
         if metrics["loss/nonfinite"] and self.config.on_nonfinite == "stop":
@@ -154,6 +159,18 @@ class LearnerGroup:
                 "Lower the learning rates, or set on_nonfinite=skip to drop such updates"
             )
         return metrics
+
+    def _self_test(self, step: int, groups: list[ray.ObjectRef]) -> None:
+        found = [comparison for comparison in self._all("self_test", groups) if comparison is not None]
+        dtypes = (self.config.rollout.dtype, self.config.learner.dtype)
+        for comparison in found:
+            if problem := verdict(comparison, "bfloat16" if "bfloat16" in dtypes else "float32"):
+                raise SelfTestError(
+                    f"the self-test before the update of step {step} failed: {problem}. Nothing was trained; "
+                    "self_test=false trains all the same"
+                )
+        # Chains of older weights prove nothing; the next step's may be of these.
+        self.tested = bool(found)
 
     def publish(self) -> Publication:
         """The current weights, for the pool's `sync`; the driver never opens them. LostLearnerError if a bucket takes

@@ -162,7 +162,8 @@ class Updater:
                     _add(sums, self._step())
         return sums
 
-    def _forward(self, module: Callable[..., PolicyOutput], micro: MicroBatch) -> PolicyOutput:
+    def forward(self, module: Callable[..., PolicyOutput], micro: MicroBatch) -> PolicyOutput:
+        """The packed forward as the recipe has it."""
         return module(micro.packed, self.config.objective.image_grad_to_reasoning, self.config.sampling.temperature)
 
     @torch.no_grad()
@@ -171,13 +172,13 @@ class Updater:
         what their behaviour policy recorded."""
         if not micro.on_policy:
             return OldPolicy(micro.behaviour, micro.v_old)
-        output = self._forward(self.engine.module, micro)
+        output = self.forward(self.engine.module, micro)
         return OldPolicy(output.logprobs, output.velocity)
 
     @torch.no_grad()
     def _reference(self, micro: MicroBatch) -> PolicyOutput | None:
         """The reference reads the text itself: its images attend to keys and values of reference weights."""
-        return self._forward(self.reference, micro) if self.reference is not None else None
+        return self.forward(self.reference, micro) if self.reference is not None else None
 
     def _kept(self, micro: MicroBatch) -> Tensor:
         """1 for the tokens [P] of the text objective, 0 for those of chains that are left out of it."""
@@ -203,7 +204,7 @@ class Updater:
     ) -> tuple[Tensor, dict[str, float]]:
         """The loss of one micro-batch, scaled so that the average over ranks is the mean over all chains."""
         o = self.config.objective
-        output = self._forward(self.engine.engine, micro)
+        output = self.forward(self.engine.engine, micro)
         old = old or OldPolicy(output.logprobs.detach(), output.velocity.detach())
         move = self.sampler.step(micro.packed.t, micro.t_next, self.config.sampling.noise_level)
 

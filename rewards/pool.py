@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import ray
@@ -33,6 +33,23 @@ class Scored:
     errors: int
     nonfinite: int
     seconds: float
+
+    def replaced(self, places: Sequence[int], other: Scored) -> Scored:
+        """With the rows of `other`, in its order, in the place of some of these; errors and times add up."""
+
+        def put(rows: NDArray[Any], new: NDArray[Any] | None) -> NDArray[Any]:
+            rows = rows.copy()
+            rows[list(places)] = np.nan if new is None else new
+            return rows
+
+        return Scored(
+            put(self.total, other.total),
+            {name: put(rows, other.by_scorer.get(name)) for name, rows in self.by_scorer.items()},
+            {name: put(rows, other.components.get(name)) for name, rows in self.components.items()},
+            self.errors + other.errors,
+            self.nonfinite + other.nonfinite,
+            self.seconds + other.seconds,
+        )
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,15 @@ class Batch:
             self.finished = time.monotonic()
             self.changed.notify_all()
 
+    def adopt(self, places: list[int], other: Batch) -> None:
+        """Puts the finished groups of another batch, in its order, in the place of some of these."""
+        with self.changed:
+            for number, place in enumerate(places):
+                self.requests[place] = other.requests[number]
+                self.groups[place], self.versions[place] = other.groups[number], other.versions[number]
+            self.stats.extend(other.stats)
+            self.finished = max(self.finished, other.finished)
+
     def fail(self, error: Exception) -> None:
         """Whoever waits for a group hears of the error."""
         with self.changed:

@@ -135,6 +135,12 @@ def _checked_files(directory: Path, config: BagelConfig) -> tuple[TensorFiles, T
     return weights, autoencoder
 
 
+def skeleton(config: BagelConfig, chat: ChatTokenizer, understanding: bool = False) -> BagelPolicy:
+    """The policy without its numbers: meta tensors."""
+    with torch.device("meta"):
+        return BagelPolicy(config, (chat.vision_start, chat.vision_end), understanding)
+
+
 def load(
     directory: Path, dtype: torch.dtype = torch.float32, device: str = "cpu", understanding: bool = False
 ) -> Checkpoint:
@@ -148,8 +154,7 @@ def load(
     weights, autoencoder = _checked_files(directory, config)
     if understanding and not config.understands_images:
         raise CheckpointError(f"{directory}/config.json has no vit_config; this checkpoint does not understand images")
-    with torch.device("meta"):
-        policy = BagelPolicy(config, (chat.vision_start, chat.vision_end), understanding)
+    policy = skeleton(config, chat, understanding)
     own = [name for name in policy.state_dict() if name in weights.files]
     tensors = {name: tensor.to(device, dtype, copy=True) for name, tensor in weights.read(own)}
     if config.llm_config.tie_word_embeddings:

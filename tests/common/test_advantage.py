@@ -38,6 +38,25 @@ def test_recorded_advantages(case: str, std: str) -> None:
     assert found.zero_variance_groups == flat.sum()
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case != "single_member"])
+def test_the_convention_of_unirl_differs_in_the_deviation_alone(case: str) -> None:
+    """UniRL divides by the sample deviation + 1e-8, flow_grpo and we by the population's + 1e-4."""
+    rewards, theirs = by_group(case, "reward"), by_group(case, "adv_unirl")
+    found = group_advantages(rewards, std="none")
+    sample = np.nanstd(rewards, 1, ddof=1, keepdims=True) + 1e-8
+    close(np.where(found.mask, found.values / sample, 0.0), np.nan_to_num(theirs), atol=1e-5)
+
+
+def test_recorded_column_and_history() -> None:
+    """One score per row; and a second batch of a prompt, normalised together with the first."""
+    numbers = golden("flowgrpo/advantages.npz")
+    column = numbers["column_reward"].reshape(2, -1)
+    close(group_advantages(column).values.reshape(-1, 1), numbers["column_adv"], atol=1e-6)
+    first, second = numbers["history_reward1"], numbers["history_reward2"]
+    both = group_advantages(np.concatenate([first, second])[None]).values[0]
+    close(both[len(first) :], numbers["history_adv2"], atol=1e-6)
+
+
 def test_without_division() -> None:
     rewards = by_group("two_groups", "reward")
     close(group_advantages(rewards, std="none").values, rewards - rewards.mean(1, keepdims=True), atol=1e-12)

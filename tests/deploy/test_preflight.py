@@ -116,7 +116,15 @@ def test_another_seed_gives_another_run(order: PromptOrder) -> None:
     )
 
 
-def test_guidance_is_for_evaluation_alone(order: PromptOrder) -> None:
+def test_guidance_of_training_and_of_evaluation_are_two_settings(order: PromptOrder) -> None:
     config = config_with(evaluation={"cfg": {"text_scale": 4.0}})
     assert {request.cfg for request in evaluation_requests(config, order.prompts)} == {config.evaluation.cfg}
     assert not any(request.cfg and request.cfg.enabled for request in training_requests(config, order, 0))
+    guided = config_with(evaluation={"cfg": {"text_scale": 4.0}}, sampling={"cfg": {"text_scale": 2.0}})
+    assert {request.cfg for request in training_requests(guided, order, 0)} == {guided.sampling.cfg}
+
+
+def test_what_is_frozen_is_checked_and_shown() -> None:
+    assert "denoising, learning rate" in check_inputs(config_with()).parameters
+    with pytest.raises(ConfigError, match=r"optimizer.frozen names 'embeding', which is neither a group"):
+        check_inputs(config_with(optimizer={"frozen": ["embeding"]}))

@@ -69,7 +69,7 @@ def make_engine(policy: BagelPolicy, *, lr: float = 1e-4, zero_stage: int = 2, d
     """The learner's engine around a policy that this test alone uses, without gradient clipping."""
     return Engine(
         policy,
-        {name: ([p for _, p in pairs], lr) for name, pairs in policy.parameter_groups().items()},
+        {name: ([p for _, p in pairs], lr) for name, pairs in policy.parameter_groups().items() if pairs},
         zero_stage=zero_stage,
         dtype=dtype,
         betas=(0.9, 0.999),

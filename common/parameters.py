@@ -1,0 +1,52 @@
+"""Which parameters are trained, at which rate, and which stay as they are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+from common.config import ConfigError, Optimizer
+from common.policy import Policy
+
+
+def freeze(policy: Policy, patterns: Iterable[str]) -> None:
+    """Takes what `optimizer.frozen` names, groups or patterns of parameter names, out of the training.
+
+    ConfigError for an entry that fits nothing and if nothing is left to train.
+    """
+    for pattern in patterns:
+        groups = policy.parameter_groups()
+        named = [pair for pairs in groups.values() for pair in pairs]
+        chosen = groups[pattern] if pattern in groups else [pair for pair in named if fnmatchcase(pair[0], pattern)]
+        if not chosen:
+            raise ConfigError(
+                f"optimizer.frozen names {pattern!r}, which is neither a group ({', '.join(groups)}) nor fits a "
+                "parameter that is still trained; correct or remove it (--dry-run without it lists all)"
+            )
+        for _, parameter in chosen:
+            parameter.requires_grad_(False)
+    if not any(policy.parameter_groups().values()):
+        raise ConfigError("optimizer.frozen leaves nothing to train; remove an entry")
+
+
+def rates(optimizer: Optimizer) -> dict[str, float]:
+    """Base learning rate by group."""
+    return {"reasoning": optimizer.lr_reasoning, "denoising": optimizer.lr_denoising}
+
+
+def table(policy: Policy, optimizer: Optimizer) -> str:
+    """Every group with its rate, size and members, and the rest as frozen, for people; layers are counted."""
+    groups = policy.parameter_groups()
+    trained = {name for pairs in groups.values() for name, _ in pairs}
+    titles = {f"{name}, learning rate {rate:g}": groups.get(name, []) for name, rate in rates(optimizer).items()}
+    titles["frozen"] = [pair for pair in policy.named_parameters() if pair[0] not in trained]
+    lines = ["parameters"]
+    for title, pairs in titles.items():
+        lines.append(f"  {title}: {sum(p.numel() for _, p in pairs):,} in {len(pairs)} tensors")
+        counted: dict[str, int] = {}
+        for name, _ in pairs:
+            family = re.sub(r"\.\d+\.", ".*.", name)
+            counted[family] = counted.get(family, 0) + 1
+        lines += [f"    {family}" + (f" x {count}" if count > 1 else "") for family, count in counted.items()]
+    return "\n".join(lines)

@@ -1,0 +1,33 @@
+"""Dynamic sampling (DAPO): groups whose chains all scored alike teach nothing and make way for other prompts."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploy.requests import refill_requests
+from deploy.session import Session
+from rewards.pool import Scored
+from rollout.batch import Batch
+
+
+def flat_groups(rewards: NDArray[np.float64]) -> list[int]:
+    """Rows of rewards [B, G] (NaN where unscored) whose scores are all equal; one without any score is none of them."""
+    return [place for place, row in enumerate(rewards) if np.unique(row[np.isfinite(row)]).size == 1]
+
+
+def refill(session: Session, step: int, batch: Batch, scored: Scored) -> tuple[Scored, int]:
+    """Replaces a step's flat groups in the batch, at most data.refill_rounds times; scores of all groups, and how many
+    were replaced. What is flat still after the last round stays and is masked."""
+    replaced = 0
+    for turn in range(1, session.config.data.refill_rounds + 1):
+        requests = refill_requests(session.config, session.order, step, turn, flat_groups(scored.total))
+        if not requests:
+            break
+        fresh = session.rollout.submit(list(requests.values()))
+        arrivals = fresh.arrivals(session.config.rollout.deadline_s)
+        tickets = dict(sorted((place, session.rewards.start(ref, fresh.sizes[place])) for place, ref in arrivals))
+        scored = scored.replaced(list(requests), session.rewards.finish(list(tickets.values())))
+        batch.adopt(list(requests), fresh)
+        replaced += len(requests)
+    return scored, replaced
