@@ -74,7 +74,8 @@ class SimulatedHost:
         groups = [Group(r.prompt, r.step, tuple(self._copy(seed) for seed in r.seeds)) for r in requests]
         self._calls.setdefault(replica, []).append((begun, time.monotonic()))
         chains = sum(len(group.chains) for group in groups)
-        return RolloutStats(0, chains, chains * len(self._chain[0].ids), CALL_S / 2, CALL_S / 2), *groups
+        tokens = chains * len(self._chain[0].ids)
+        return RolloutStats(0, chains, tokens, CALL_S / 2, CALL_S / 2, time.time() - CALL_S), *groups
 
     def _copy(self, seed: int) -> Chain:
         """Arrays of its own, so that each is serialised."""

@@ -21,7 +21,7 @@ def batch_of(versions: list[int]) -> Batch:
     """A group of two chains from each version."""
     batch = Batch([RolloutRequest(Prompt(str(i), "p", {}), 5, (0, 1), None, 2) for i in range(len(versions))])
     for place, version in enumerate(versions):
-        batch.finish([place], [f"group {place}"], RolloutStats(version, 2, 0, 0.0, 0.0))
+        batch.finish([place], [f"group {place}"], RolloutStats(version, 2, 0, 0.0, 0.0, 0.0))
     return batch
 
 
