@@ -43,11 +43,15 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         ("Gradient norms", "none", ("grad_norm/reasoning", "grad_norm/denoising")),
         ("Advantage", "none", ("advantage/abs_mean",)),
         ("Reasoning", "none", ("text/tokens_mean", "text/entropy")),
-        ("Distance to the reference", "none", ("image/velocity_mse",)),
+        ("Distance to the reference and the old policy", "none", ("image/velocity_mse", "image/kl_old")),
     ),
     "Faults": (
         ("Rollout against learner", "none", ("text/logprob_diff_rollout",)),
-        ("Chains and groups without a signal", "none", ("reward/masked_chains", "reward/zero_variance_groups")),
+        (
+            "Chains and groups without a signal",
+            "none",
+            ("reward/masked_chains", "reward/zero_variance_groups", "reward/refilled_groups"),
+        ),
         ("Updates and scores that are not finite", "none", ("loss/nonfinite", "reward/nonfinite")),
         ("Groups made again, checkpoints not written", "none", ("rollout/rerun_groups", "checkpoint/failures")),
     ),

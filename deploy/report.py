@@ -222,7 +222,8 @@ def _reward_figure(rows: list[Row]) -> tuple[str, Markup] | None:
     figure, axes = _axes()
     axes.plot(steps, mean, label="mean")
     axes.fill_between(steps, mean - std, mean + std, alpha=0.2, linewidth=0)
-    reserved = {"reward/mean", "reward/std", "reward/zero_variance_groups", "reward/masked_chains"}
+    counts = {"reward/zero_variance_groups", "reward/masked_chains", "reward/refilled_groups"}
+    reserved = {"reward/mean", "reward/std", *counts}
     scorers = sorted({key for row in rows for key in row if key.startswith("reward/")} - reserved)
     for key in scorers if len(scorers) > 1 else ():
         axes.plot(steps, _column(rows, key), linewidth=1, label=key.removeprefix("reward/"))
