@@ -56,9 +56,16 @@ class Model(Section):
     """The policy to train."""
 
     path: str = "deploy/models/shapes"
-    """Checkpoint directory in BAGEL's layout; relative to the working directory or to the repository."""
+    """Checkpoint directory in BAGEL's layout or, with `pipeline`, of a causal language model in transformers';
+    relative to the working directory or to the repository."""
+    pipeline: str | None = None
+    """Directory of a diffusers flow-matching pipeline that draws what the language model writes (SD3, FLUX.1,
+    Qwen-Image); a checkpoint of such a policy holds both and needs only `path`."""
+    guidance: NonNegative = 3.5
+    """What a guidance-distilled pipeline (FLUX.1 dev) is told in place of a second branch; others ignore it."""
     system_prompt: str = ""
-    """System prompt before every prompt; "bagel-think" is BAGEL's think mode."""
+    """System prompt before every prompt; "bagel-think" is BAGEL's think mode, "rewrite-think" asks a language model for
+    a plan and, after it, the prompt to draw."""
     height: Count = 32
     """Image height in pixels."""
     width: Count = 32
@@ -245,6 +252,22 @@ class Rollout(Resources):
     """Longest wait for one call to a replica."""
 
 
+class Lora(Section):
+    """Low-rank adapters in place of full fine-tuning."""
+
+    rank: Count = 16
+    """Rank of the update of each layer."""
+    alpha: Positive = 32.0
+    """The update is scaled by alpha / rank."""
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] = (
+        *("q_proj", "k_proj", "v_proj", "o_proj"),
+        *("q_proj_moe_gen", "k_proj_moe_gen", "v_proj_moe_gen", "o_proj_moe_gen"),
+        *("to_q", "to_k", "to_v", "to_out.0"),
+    )
+    """Last parts of the names of the linear layers that get one; both halves need some. The default is the attention
+    of language models, of BAGEL's generation expert and of diffusers' transformers."""
+
+
 class Learner(Resources):
     """Ranks that update."""
 
@@ -256,6 +279,8 @@ class Learner(Resources):
     """DeepSpeed ZeRO stage."""
     dtype: DType = Field(default_factory=native_dtype)
     """Compute type, chosen like rollout.dtype; masters are always fp32."""
+    lora: Lora | None = None
+    """Train low-rank adapters instead of the weights themselves; {} takes the defaults."""
     chains_per_micro_batch: Count = 64
     """Chains in one forward and backward of a rank."""
     activation_checkpointing: bool = False

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from common.composed.source import composed_source
 from common.config import Cfg, ConfigError, Model, resolve_path
 
 
@@ -174,13 +175,22 @@ class Outline:
     skeleton: Callable[[], Policy] | None = None
 
 
+def directories(model: Model) -> list[Path]:
+    """Where everything lies that a policy is read from."""
+    return [resolve_path(path) for path in (model.path, model.pipeline) if path]
+
+
 def outline(model: Model) -> Outline:
     """A cheap look before anything starts: files, sizes, tokenizer. ConfigError or CheckpointError."""
-    from common.bagel import checkpoint
+    if source := composed_source(model):
+        from common.composed import checkpoint as composed
+
+        return composed.check(source)
+    from common.bagel import checkpoint as bagel
     from common.bagel.text import ChatTokenizer
 
     directory = resolve_path(model.path)
-    config = checkpoint.check(directory)
+    config = bagel.check(directory)
     llm = config.llm_config
     chat = ChatTokenizer.read(directory, llm.vocab_size)
     return Outline(
@@ -188,12 +198,25 @@ def outline(model: Model) -> Outline:
         llm.max_position_embeddings,
         config.grid,
         config.token_dim,
-        lambda: checkpoint.skeleton(config, chat),
+        lambda: bagel.skeleton(config, chat),
     )
 
 
-def open_policy(model: Model, dtype: torch.dtype = torch.float32, device: str = "cpu") -> OpenPolicy:
-    """Loads the policy that a recipe's `model` names. Raises ConfigError or CheckpointError; nothing is half loaded."""
-    from common.bagel import checkpoint
+def open_policy(
+    model: Model,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    frozen: torch.dtype | None = torch.float32,
+) -> OpenPolicy:
+    """Loads the policy that a recipe's `model` names. Raises ConfigError or CheckpointError; nothing is half loaded.
 
-    return checkpoint.load(resolve_path(model.path), dtype, device)
+    dtype: of what is trained; frozen: of text encoders and autoencoder, None to leave them out (then only `policy` is
+    of use). BAGEL has but a small autoencoder, which always comes, in fp32.
+    """
+    if source := composed_source(model):
+        from common.composed import checkpoint as composed
+
+        return composed.load(source, dtype, device, frozen)
+    from common.bagel import checkpoint as bagel
+
+    return bagel.load(resolve_path(model.path), dtype, device)

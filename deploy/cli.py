@@ -75,6 +75,9 @@ def _show_plan(config: TrainConfig, gpus: str | None) -> None:
     from deploy.devices import parse_gpus
     from deploy.plan import make_plan
 
+    if config.model.pipeline:
+        typer.echo("memory and time of a language model with a pipeline are not planned")
+        return
     made = make_plan(config, parse_gpus(gpus) if gpus else None)
     typer.echo(str(made))
     if made.faults:
@@ -147,13 +150,21 @@ def evaluate(
 
     # The time makes the name new, so that a checkpoint can be evaluated again.
     name = f"run_name=eval-{Path(model).resolve().name}-{datetime.now():%Y%m%d-%H%M%S}"
-    config = load_config(recipe, [name, f"model.path={model}", *(overrides or [])])
+    config = load_config(recipe, [name, *_model(model), *(overrides or [])])
     with open_evaluation(config) as session:
         result = run_evaluation(session, step=0)
     table, grid = write_outcome(session, 0, result)
     typer.echo(table.read_text(encoding="utf-8"))
     for path in (session.run.evaluation_file(0), table, grid):
         typer.echo(str(path))
+
+
+def _model(path: str) -> list[str]:
+    """Overrides that make a checkpoint the model; one that holds its own pipeline takes the place of the recipe's."""
+    from common.composed.source import INDEX, PIPELINE
+
+    own = (Path(path) / PIPELINE / INDEX).is_file()
+    return [f"model.path={path}", *(["model.pipeline=null"] if own else [])]
 
 
 @app.command()
@@ -168,7 +179,7 @@ def generate(
     """Reason about a prompt and draw it."""
     from deploy.generate import run_generate
 
-    run_generate(load_config(recipe, [f"model.path={model}"]), prompt, number, out, seed)
+    run_generate(load_config(recipe, _model(model)), prompt, number, out, seed)
 
 
 @app.command()

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.config import ConfigError, TrainConfig, load_config, read_recipe, resolve_path, to_yaml
+from common.config import ConfigError, TrainConfig, load_config, read_recipe, to_yaml
 from common.rundir import RunDirectory, dump_json, replacing
 from deploy.evaluation import Result
 
@@ -125,6 +125,7 @@ def finished(plan: Plan, row: str, seed: int) -> Cell | None:
 
 def origin(plan: Plan, row: str, seed: int) -> dict[str, Any]:
     """What a cell is made of: cells of one page must agree with today's recipes, start and arguments."""
+    from common.policy import directories
     from learner.checkpoint import identity
 
     configs = stages(plan, row, seed)
@@ -133,7 +134,7 @@ def origin(plan: Plan, row: str, seed: int) -> dict[str, Any]:
         "steps": [config.steps for config in configs],
         "overrides": list(plan.overrides),
         "recipe": hashlib.sha256(recipes.encode()).hexdigest()[:16],
-        "start": identity(resolve_path(configs[0].model.path))[:16],
+        "start": identity(directories(configs[0].model))[:16],
     }
 
 

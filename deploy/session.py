@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import ray
 from ray.exceptions import AuthenticationError
 
-from common.config import ConfigError, TrainConfig, in_job, resolve_path, to_yaml
+from common.config import ConfigError, TrainConfig, in_job, to_yaml
 from common.events import event, journal
 from common.metrics import Trackers
+from common.policy import directories
 from common.prompts import PromptOrder
 from common.rundir import RunDirectory
 from common.runtime import check_answers, check_versions, one_line, versions
@@ -127,7 +128,7 @@ def open_session(config: TrainConfig, resume: bool = False) -> Iterator[Session]
         run.open().clear_partial()
         if found := run_checkpoint.newest_whole(run.checkpoints):
             checkpoint, first = found[0], int(found[1]["step"])
-            if run_checkpoint.identity(resolve_path(config.model.path)) != found[1]["reference"]:
+            if run_checkpoint.identity(directories(config.model)) != found[1]["reference"]:
                 raise ConfigError(
                     f"model.path {config.model.path} is not the checkpoint that {run.path} started from, so the update "
                     "would be held to another reference than before; restore it, or start a new run"

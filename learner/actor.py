@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,11 @@ import ray
 import torch
 from numpy.typing import NDArray
 
-from common import flow, parameters
+from common import flow, lora, parameters
 from common.advantage import group_advantages
 from common.bagel.text import system_prompt
-from common.config import TrainConfig, resolve_path
-from common.policy import open_policy
+from common.config import TrainConfig
+from common.policy import PolicyOutput, directories, open_policy
 from common.records import write_groups
 from common.timeline import Span, take_spans, timed
 from common.transport import TransportError
@@ -41,17 +41,24 @@ class LearnerRank:
         torch.manual_seed(config.seed)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = device
-        # ZeRO keeps a full copy of the weights on every rank and fills it from the module it is given. A resumed run
-        # starts here too: what it trained comes with the masters.
-        dtype = getattr(torch, config.learner.dtype)
-        self.checkpoint = open_policy(config.model, dtype, device)
+        # ZeRO keeps a full copy of the weights on every rank and fills it from the module it is given; with adapters
+        # only these. A resumed run starts here too: what it trained comes with the masters. Frozen parts compute as
+        # they do in the rollout.
+        dtype, frozen = (getattr(torch, room.dtype) for room in (config.learner, config.rollout))
+        self.checkpoint = open_policy(config.model, dtype, device, frozen)
         policy, o = self.checkpoint.policy, config.objective
-        self.reference = None
-        if o.regulariser != "none" or o.text_kl:
+        if config.learner.lora:
+            lora.add_adapters(policy, config.learner.lora)
+        compared = o.regulariser != "none" or bool(o.text_kl)
+        self.reference: Callable[..., PolicyOutput] | None = None
+        if compared and config.learner.lora:
+            self.reference = lora.reference_of(policy)
+        elif compared:
             # The checkpoint the run started from. Its parameters keep requires_grad although nothing trains them:
             # torch picks other kernels without it, and the distance of equal weights must be exactly 0.
-            self.reference = open_policy(config.model, dtype, device).policy.eval()
-            parameters.freeze(self.reference, config.optimizer.frozen)
+            reference = open_policy(config.model, dtype, device, frozen=None).policy.eval()
+            parameters.freeze(reference, config.optimizer.frozen)
+            self.reference = reference
         rows, cols = self.checkpoint.grid(config.model.height, config.model.width)
         clip = flow.image_clip(o.image_clip, rows * cols * self.checkpoint.token_dim)
         if config.learner.activation_checkpointing:
@@ -78,7 +85,7 @@ class LearnerRank:
         self.writer = ThreadPoolExecutor(1, "checkpoint")
         self.writing: Future[None] | None = None
         # Rank 0 writes it into every checkpoint.
-        self.reference_identity = run_checkpoint.identity(resolve_path(config.model.path)) if rank == 0 else ""
+        self.reference_identity = run_checkpoint.identity(directories(config.model)) if rank == 0 else ""
         if resume:
             self._resume(Path(resume))
 

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from common.bagel.config import CheckpointError, read_json
 from common.bagel.tensors import read_tensors
+from common.lora import plain_weights
 from common.policy import OpenPolicy
 
 log = logging.getLogger(__name__)
@@ -59,7 +61,7 @@ def _write_files(aside: Path, opened: OpenPolicy, optimizer: dict[str, Tensor], 
     aside.mkdir(parents=True)
     # Masters rather than compute weights: a bf16 policy is saved without rounding.
     masters = {k.removeprefix("master."): v for k, v in optimizer.items() if k.startswith("master.")}
-    opened.save(aside / "policy", {**opened.policy.state_dict(), **masters})
+    opened.save(aside / "policy", plain_weights(opened.policy, {**opened.policy.state_dict(), **masters}))
     save_file(optimizer, aside / "optimizer.safetensors")
     (aside / "state.json").write_text(json.dumps(state, indent=2))
     files = sorted(p for p in aside.rglob("*") if p.is_file())
@@ -96,10 +98,12 @@ def read_optimizer(directory: Path) -> dict[str, Tensor]:
     return read_tensors(directory / "optimizer.safetensors")
 
 
-def identity(directory: Path) -> str:
+def identity(directories: Sequence[Path]) -> str:
     """SHA-256 over the weights and settings of a released checkpoint: the same for the same policy wherever it lies."""
-    files = sorted(p for p in directory.rglob("*") if p.suffix in {".safetensors", ".json"})
-    named = "".join(f"{p.relative_to(directory)} {_digest(p)}\n" for p in files)
+    named = ""
+    for directory in directories:
+        files = sorted(p for p in directory.rglob("*") if p.suffix in {".safetensors", ".json"})
+        named += "".join(f"{p.relative_to(directory)} {_digest(p)}\n" for p in files)
     return hashlib.sha256(named.encode()).hexdigest()
 
 

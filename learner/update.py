@@ -13,7 +13,7 @@ from torch import Tensor
 
 from common import flow
 from common.config import TrainConfig
-from common.policy import Batch, Guidance, OpenPolicy, Policy, PolicyOutput
+from common.policy import Batch, Guidance, OpenPolicy, PolicyOutput
 from common.types import Chain, Prompt
 from learner import objective
 from learner.engine import Engine
@@ -132,7 +132,12 @@ class Updater:
     """Turns chains with advantages into one or more optimizer steps and the metrics of the step."""
 
     def __init__(
-        self, engine: Engine, reference: Policy | None, config: TrainConfig, image_clip: float, ranks: int
+        self,
+        engine: Engine,
+        reference: Callable[..., PolicyOutput] | None,
+        config: TrainConfig,
+        image_clip: float,
+        ranks: int,
     ) -> None:
         self.engine, self.reference, self.config = engine, reference, config
         self.image_clip, self.ranks = image_clip, ranks

@@ -37,7 +37,8 @@ class RolloutReplica:
         self.config = config
         self.dtype = config.rollout.dtype
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.checkpoint = open_policy(config.model, getattr(torch, self.dtype), device)
+        dtype = getattr(torch, self.dtype)
+        self.checkpoint = open_policy(config.model, dtype, device, frozen=dtype)
         self.checkpoint.policy.eval()
         sampling = config.sampling
         self.denoiser = Denoiser(
@@ -58,12 +59,14 @@ class RolloutReplica:
     def _start_reasoner(self) -> Reasoner:
         source = self.checkpoint.reasoner
         limit = self.config.sampling.max_prompt_tokens + self.config.sampling.max_tokens
+        weights = dict(self.checkpoint.policy.reasoning_weights())
         with scratch() as directory:
             if not isinstance(source, Path):
                 described, source = source, directory / "reasoner"
-                write_reasoner_dir(source, described, self.checkpoint.policy.reasoning_weights())
+                write_reasoner_dir(source, described, weights.items())
             return Reasoner(
                 source,
+                shapes={name: tuple(tensor.shape) for name, tensor in weights.items()},
                 eos_token_id=self.checkpoint.chat.end,
                 dtype=self.dtype,
                 max_model_len=limit,

@@ -44,7 +44,8 @@ class Reasoner:
     generators, and only one reasoner can be open at a time.
 
     Args:
-        directory: what ``write_reasoner_dir`` wrote.
+        directory: what ``write_reasoner_dir`` wrote, or any causal language model in transformers' layout.
+        shapes: names and shapes of the weights that ``load_weights`` takes; by default those of ``reasoner_shapes``.
         eos_token_id: the token that ends a completion.
         dtype: of the weights, the activations and the KV cache.
         max_model_len: most tokens of a prompt and its completion together.
@@ -72,12 +73,13 @@ class Reasoner:
         memory_bytes: int = 64 << 20,
         tensor_parallel: int = 1,
         gpu_memory_utilization: float = 0.4,
+        shapes: dict[str, tuple[int, ...]] | None = None,
     ) -> None:
         on_cpu = torch.version.cuda is None and torch.version.hip is None
         if on_cpu and tensor_parallel != 1:
             raise ValueError("tensor_parallel needs GPUs")
         config = read_config(directory)
-        self._shapes = reasoner_shapes(config)
+        self._shapes = shapes or reasoner_shapes(config)
         self._vocab_size = int(config["vocab_size"])
         self._dtype = getattr(torch, dtype)
         self._eos_token_id = eos_token_id
@@ -90,7 +92,7 @@ class Reasoner:
         options: dict[str, Any] = {"gpu_memory_utilization": gpu_memory_utilization}
         set_num_threads = torch.set_num_threads
         if on_cpu:
-            prepare_cpu()
+            prepare_cpu(config["architectures"])
             # Blocks of 32 tokens decode short sequences about a third faster than the default of 128.
             options = {"kv_cache_memory_bytes": memory_bytes, "enforce_eager": True, "block_size": 32}
         import vllm
@@ -103,6 +105,7 @@ class Reasoner:
             self._llm = vllm.LLM(
                 model=str(directory),
                 skip_tokenizer_init=True,
+                load_format="safetensors",
                 generation_config="vllm",
                 dtype=dtype,  # type: ignore[arg-type]
                 max_model_len=max_model_len,
@@ -197,7 +200,7 @@ class Reasoner:
         where they are other processes, read them from a file in shared memory (``/dev/shm``).
 
         Args:
-            weights: exactly the names of ``reasoner_shapes``, each once.
+            weights: exactly the names of ``shapes``, each once.
 
         Raises:
             RuntimeError: if a weight of the model was not given, one given is not the model's, or the engine does not

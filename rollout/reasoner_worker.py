@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 import torch
 
 from common.torchvision_cpu import patch
 
 
-def prepare_cpu() -> None:
-    """Makes vLLM start quickly on CPU, in this process, with weights that can be replaced.
+def prepare_cpu(architectures: Iterable[str]) -> None:
+    """Makes vLLM start quickly on CPU, in this process, with weights of these model classes that can be replaced.
 
     Call it before anything imports vLLM. It may be called again.
     """
@@ -20,10 +21,12 @@ def prepare_cpu() -> None:
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     from vllm import ModelRegistry
     from vllm.model_executor.layers import utils
-    from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 
-    # vLLM looks at classes registered by name in a new Python process, where torchvision would not be patched.
-    ModelRegistry.register_model("Qwen2ForCausalLM", Qwen2ForCausalLM)
+    for name in architectures:
+        known = ModelRegistry.models.get(name)
+        if known is not None:
+            # vLLM looks at classes registered by name in a new Python process, where torchvision would not be patched.
+            ModelRegistry.register_model(name, known.load_model_cls())
 
     pack = utils.dispatch_cpu_unquantized_gemm
     if getattr(pack, "keeps_weight", False):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -36,6 +37,19 @@ def golden_checkpoint() -> Checkpoint:
     from common.bagel import checkpoint
 
     return checkpoint.load(CHECKPOINT)
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of random models: language models `qwen2` and `llama`, pipelines `sd3`, `flux` and `qwen_image`."""
+    import tiny_models
+
+    root = tmp_path_factory.mktemp("models")
+    for kind in ("qwen2", "llama"):
+        tiny_models.make_reasoner(root / kind, kind)
+    for family in tiny_models.FAMILIES:
+        tiny_models.make_pipeline(root / family, family)
+    return root
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,18 @@ THINK_SYSTEM_PROMPT = (
     "The planning process is enclosed within <think> </think> tags, i.e. <think> planning process here </think> "
     "image here"
 )
+REWRITE_SYSTEM_PROMPT = (
+    "Plan the picture that the user asks for: its objects, their number, colors, places and relations. Write the plan "
+    "between <think> and </think>. After </think>, write one prompt for an image generator that leaves nothing of the "
+    "request out, and nothing else."
+)
+SYSTEM_PROMPTS = {"bagel-think": THINK_SYSTEM_PROMPT, "rewrite-think": REWRITE_SYSTEM_PROMPT}
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 
 
 def system_prompt(setting: str) -> str:
     """The system prompt that a recipe's `model.system_prompt` means."""
-    return THINK_SYSTEM_PROMPT if setting == "bagel-think" else setting
+    return SYSTEM_PROMPTS.get(setting, setting)
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ def test_a_lost_rank_a_full_disk_and_another_number_of_ranks(
     assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
     found = run_checkpoint.newest_whole(tmp_path)
     assert found is not None and found[1]["weights_version"] == 1
-    assert found[1]["reference"] == run_checkpoint.identity(CHECKPOINT)
+    assert found[1]["reference"] == run_checkpoint.identity([CHECKPOINT])
 
     # A killed rank is heard of at once, though the other one waits for it in a collective.
     os.kill(ray.get(group.ranks[1].pid.remote()), signal.SIGKILL)

@@ -1,0 +1,246 @@
+"""A composed policy from and to its two directories: the reasoner in transformers' layout, the pipeline in diffusers'.
+
+Weights come from safetensors only, classes from transformers and diffusers only, and every tensor has to be there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from common.bagel.config import CheckpointError, read_json
+from common.bagel.tensors import opened
+from common.composed.chat import TemplateChat
+from common.composed.family import Conditioning, Family
+from common.composed.flux import Flux
+from common.composed.policy import ComposedBatch, ComposedPolicy, lay_out_texts
+from common.composed.qwen_image import QwenImage
+from common.composed.sd3 import SD3
+from common.composed.source import INDEX, PIPELINE, REASONER, Source
+from common.policy import Guidance, OpenPolicy, Outline
+
+FAMILIES: dict[str, type[Family]] = {
+    "StableDiffusion3Pipeline": SD3,
+    "FluxPipeline": Flux,
+    "QwenImagePipeline": QwenImage,
+}
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True)
+class Composed(OpenPolicy):
+    """The trained halves, and the pipeline whose text encoders and autoencoder are frozen (None: left out)."""
+
+    policy: ComposedPolicy
+    chat: TemplateChat
+    family: Family
+    pipeline: Any
+    source: Source
+
+    @property
+    def token_dim(self) -> int:
+        return self.family.token_dim
+
+    @property
+    def reasoner(self) -> Path:
+        return self.source.reasoner
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        return self.family.grid(height, width)
+
+    def context(self, texts: list[list[int]]) -> Conditioning:
+        return self.family.encode(self.pipeline, [self.chat.final_prompt(text) for text in texts])
+
+    def pack(
+        self,
+        texts: Sequence[tuple[list[int], list[int]]],
+        x_t: Tensor,
+        t: Tensor,
+        owner: Tensor,
+        grid: tuple[int, int],
+        guidance: Guidance | None = None,
+    ) -> ComposedBatch:
+        """The final prompts are encoded here again: their ids are all that a chain carries, its embeddings would be
+        as large as its latents, and the encoders never change."""
+        whole = [[*prompt, *response] for prompt, response in texts]
+        scored = [(len(prompt), len(prompt) + len(response)) for prompt, response in texts]
+        conditioning = self.context([self.chat.context_ids(prompt, response) for prompt, response in texts])
+        return ComposedBatch(*lay_out_texts(whole, scored, x_t.device), x_t, t, owner, conditioning, grid)
+
+    def decode(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:
+        unit = (self.pixels(latents, grid) / 2 + 0.5).clamp(0, 1)
+        return (255 * unit).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+    def pixels(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:
+        return self.family.decode(self.pipeline, latents, grid).float()
+
+    def save(self, directory: Path, weights: dict[str, Tensor] | None = None) -> None:
+        """Both halves under one directory, each readable by its own library; frozen parts are linked where the file
+        system can, copied where it cannot."""
+        aside = directory.with_name(directory.name + ".partial")
+        shutil.rmtree(aside, ignore_errors=True)
+        tensors = weights or self.policy.state_dict()
+        _write_half(self.source.reasoner, aside / REASONER, tensors, self.policy.reasoner, "reasoner.", "model")
+        _copy(self.source.pipeline, aside / PIPELINE, skip="transformer")
+        _write_half(
+            self.source.pipeline / "transformer",
+            aside / PIPELINE / "transformer",
+            tensors,
+            self.policy.transformer,
+            "transformer.",
+            "diffusion_pytorch_model",
+        )
+        if directory.exists():
+            shutil.rmtree(directory)
+        aside.rename(directory)
+
+
+def check(source: Source) -> Outline:
+    """Cheap look: JSON, tokenizer, headers of all weight files. CheckpointError naming what cannot be used."""
+    config = read_json(source.reasoner / "config.json")
+    vocab, positions = config.get("vocab_size"), config.get("max_position_embeddings")
+    if not isinstance(vocab, int) or not isinstance(positions, int):
+        raise CheckpointError(
+            f"{source.reasoner}/config.json has no vocab_size and max_position_embeddings; give a causal language model"
+        )
+    family, parts = read_index(source)
+    for directory in (source.reasoner, *(source.pipeline / name for name in parts)):
+        if directory == source.reasoner or (directory / "config.json").is_file():
+            _check_weights(directory)
+    return Outline(TemplateChat.read(source.reasoner, vocab), positions, family.grid, family.token_dim)
+
+
+def read_index(source: Source) -> tuple[Family, dict[str, tuple[str, str]]]:
+    """The family of a pipeline, and its parts' (library, class) by name. CheckpointError if it is not a supported
+    flow-matching pipeline or names a class outside transformers and diffusers."""
+    path = source.pipeline / INDEX
+    index = read_json(path)
+    name = index.get("_class_name")
+    if name not in FAMILIES:
+        raise CheckpointError(
+            f"{path} is a {name}, which is not a flow-matching pipeline that can be trained here; "
+            f"give one of {', '.join(FAMILIES)}"
+        )
+    parts = {k: tuple(v) for k, v in index.items() if isinstance(v, list) and len(v) == 2 and all(v)}
+    for part, (library, kind) in parts.items():
+        if library not in ("diffusers", "transformers") or not hasattr(importlib.import_module(library), kind):
+            raise CheckpointError(f"{path}: {part} is {library}.{kind}, which neither transformers nor diffusers has")
+    scheduler = parts.get("scheduler", ("", "no scheduler"))[1]
+    if not scheduler.startswith("FlowMatchEuler"):
+        raise CheckpointError(
+            f"{path}: the scheduler is {scheduler}; flow matching has a FlowMatchEulerDiscreteScheduler"
+        )
+    transformer, vae = (read_json(source.pipeline / part / "config.json") for part in ("transformer", "vae"))
+    return FAMILIES[name](transformer, vae, source.guidance), parts
+
+
+def load(source: Source, dtype: torch.dtype, device: str, frozen: torch.dtype | None) -> Composed:
+    """dtype: of the trained halves; frozen: of text encoders and autoencoder, None to leave them out.
+
+    CheckpointError; nothing is returned half loaded.
+    """
+    family, parts = read_index(source)
+    reasoner = _load_module(AutoModelForCausalLM, source.reasoner, dtype)
+    transformer = _load_module(_class(parts["transformer"]), source.pipeline / "transformer", dtype)
+    policy = ComposedPolicy(reasoner, transformer, family).eval().to(device)
+    chat = TemplateChat.read(source.reasoner, policy.vocab_size)
+    pipeline = None
+    if frozen is not None:
+        others = {
+            name: _load_part(_class(kind), source.pipeline / name, frozen)
+            for name, kind in parts.items()
+            if name != "transformer"
+        }
+        for part in others.values():
+            if isinstance(part, nn.Module):
+                part.eval().requires_grad_(False).to(device)
+        index = read_json(source.pipeline / INDEX)
+        absent = {name: None for name, value in index.items() if value == [None, None]}
+        kind = getattr(importlib.import_module("diffusers"), index["_class_name"])
+        pipeline = kind(**others, **absent, transformer=policy.transformer)
+    return Composed(policy, chat, family, pipeline, source)
+
+
+def _class(kind: tuple[str, str]) -> Any:
+    return getattr(importlib.import_module(kind[0]), kind[1])
+
+
+def _load_part(kind: Any, directory: Path, dtype: torch.dtype) -> Any:
+    """A component of a pipeline: a model, or a tokenizer or scheduler, which have no weights."""
+    if isinstance(kind, type) and issubclass(kind, nn.Module):
+        return _load_module(kind, directory, dtype)
+    try:
+        return kind.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{directory}: {kind.__name__} cannot be read ({error})") from error
+
+
+def _load_module(kind: Any, directory: Path, dtype: torch.dtype) -> Any:
+    """A model with exactly the tensors of its files. CheckpointError otherwise: both libraries would go on with random
+    weights in place of missing ones."""
+    of_transformers = kind.__module__.startswith("transformers")
+    # With mismatches ignored, transformers names them; diffusers names them in its error.
+    options = {"dtype": dtype, "ignore_mismatched_sizes": True} if of_transformers else {"torch_dtype": dtype}
+    _check_weights(directory)
+    try:
+        model, info = kind.from_pretrained(
+            directory, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{directory} cannot be loaded as {kind.__name__} ({error})") from error
+    for what, key in (("is missing", "missing_keys"), ("is not part of the configured model", "unexpected_keys")):
+        if info[key]:
+            raise CheckpointError(f"{directory}: tensor {min(info[key])} {what} ({len(info[key])} such)")
+    for name, found, wanted in sorted(info["mismatched_keys"]):
+        raise CheckpointError(f"{directory}: tensor {name} has shape {tuple(found)}, config.json says {tuple(wanted)}")
+    return model
+
+
+def _check_weights(directory: Path) -> None:
+    """CheckpointError if a directory has no safetensors, or one of them has no sound header."""
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        pickles = sorted(p.name for p in directory.glob("*") if p.suffix in PICKLES)
+        held = f"only {pickles[0]}, a pickle, which is never opened" if pickles else "no weights"
+        raise CheckpointError(f"{directory} holds {held}; give a checkpoint saved as safetensors")
+    for file in files:
+        with opened(file):
+            pass  # opening reads the header
+
+
+def _write_half(
+    source: Path, target: Path, weights: dict[str, Tensor], module: nn.Module, prefix: str, stem: str
+) -> None:
+    """Everything of a model's directory but its weights, and these as one file. A tied tensor is written once: with
+    two copies that differ, transformers would untie them."""
+    tied = {id(p): name for name, p in reversed(list(module.named_parameters(remove_duplicate=False)))}
+    again = {name for name, p in module.named_parameters(remove_duplicate=False) if tied[id(p)] != name}
+    own = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    _copy(source, target, weights=False)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in own.items() if name not in again}
+    save_file(tensors, target / f"{stem}.safetensors", metadata={"format": "pt"})
+
+
+def _copy(source: Path, target: Path, skip: str = "", weights: bool = True) -> None:
+    """A directory's files, weights as hard links where possible; pickles and the directory `skip` are left out."""
+    target.mkdir(parents=True)
+    for path in sorted(source.iterdir()):
+        if path.is_dir() and weights and path.name != skip and not path.name.startswith("."):
+            _copy(path, target / path.name)
+        heavy = ".safetensors" in path.name
+        if path.is_file() and path.suffix not in PICKLES and (weights or not heavy):
+            try:
+                (os.link if heavy else shutil.copy)(path.resolve(), target / path.name)
+            except OSError:
+                shutil.copy(path, target / path.name)
