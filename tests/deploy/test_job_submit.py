@@ -177,7 +177,7 @@ def test_a_job_trains_on_the_nodes_it_names(head: Head, copy: Path) -> None:
     while job.poll() is None:
         rows = head.get("/api/v0/actors?limit=100")["data"]["result"]["result"]
         actors |= {row["name"]: row["node_id"] for row in rows if row["state"] == "ALIVE"}
-        if "unigrpo_" not in metrics:
+        if "unigrpo_time_step_s" not in metrics:  # sent after the first step, queues before
             metrics = scrape(head)
         time.sleep(0.5)
     output = job.communicate()[0]
