@@ -183,6 +183,24 @@ def generate(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    out: Annotated[Path, typer.Argument(help="Directory to make.")],
+    step: Annotated[int | None, typer.Option(help="Step of the checkpoint; the newest whole one without.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="bfloat16 or float16 to round the policy to; its fp32 masters without.")
+    ] = None,
+) -> None:
+    """Write a trained policy for other programs: the released layout, reasoner/ for vLLM, vae/ for diffusers."""
+    from common.rundir import RunDirectory
+    from deploy.export import export as run_export
+
+    if dtype not in (None, "bfloat16", "float16", "float32"):
+        raise ConfigError(f"--dtype is {dtype}; give bfloat16, float16 or float32")
+    typer.echo(str(run_export(RunDirectory(run_path(run)).open(), out, step, dtype)))
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
     """Write report.html of a run."""
     from common.rundir import RunDirectory

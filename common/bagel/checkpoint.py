@@ -46,8 +46,7 @@ class Checkpoint(OpenPolicy):
 
     @property
     def reasoner(self) -> dict[str, Any]:
-        stated = json.loads(self.extras.get("llm_config.json", b"{}"))
-        return stated | self.config.llm_config.model_dump(mode="json")
+        return describe_decoder(self.config, self.extras.get("llm_config.json", b"{}"))
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         return self.config.grid(height, width)
@@ -99,6 +98,11 @@ class Checkpoint(OpenPolicy):
 
     def save(self, directory: Path, weights: dict[str, Tensor] | None = None) -> None:
         save(self, directory, weights)
+
+
+def describe_decoder(config: BagelConfig, stated: bytes) -> dict[str, Any]:
+    """llm_config.json as stated, completed by what it leaves to be understood."""
+    return json.loads(stated) | config.llm_config.model_dump(mode="json")
 
 
 def layout(config: BagelConfig) -> dict[str, tuple[int, ...]]:

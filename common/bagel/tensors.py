@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -131,27 +132,31 @@ class TensorFiles:
                     yield name, file.get_tensor(name)
 
 
-def write_tensors(tensors: Mapping[str, Tensor], path: Path, shard_bytes: int = SHARD_BYTES) -> None:
-    """One file, or, above shard_bytes, shards named after it with an index; one shard at a time is in host memory."""
+def write_tensors(
+    tensors: Mapping[str, Tensor], path: Path, shard_bytes: int = SHARD_BYTES, dtype: torch.dtype | None = None
+) -> None:
+    """One file, or, above shard_bytes, shards named after it with an index; one shard at a time is in host memory.
+    dtype: to convert to; without it every tensor keeps its own."""
+    sizes = {name: tensor.numel() * (dtype or tensor.dtype).itemsize for name, tensor in tensors.items()}
     shards: list[list[str]] = [[]]
     filled = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and filled + tensor.nbytes > shard_bytes:
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > shard_bytes:
             shards.append([])
             filled = 0
         shards[-1].append(name)
-        filled += tensor.nbytes
+        filled += size
     files = [path.name]
     if len(shards) > 1:
         files = [f"{path.stem}-{i + 1:05d}-of-{len(shards):05d}{path.suffix}" for i in range(len(shards))]
         index = {
-            "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+            "metadata": {"total_size": sum(sizes.values())},
             "weight_map": {name: file for file, names in zip(files, shards, strict=True) for name in names},
         }
         path.with_name(f"{path.name}.index.json").write_text(json.dumps(index, indent=2))
     for file, names in zip(files, shards, strict=True):
         save_file(
-            {name: tensors[name].detach().cpu().contiguous() for name in names},
+            {name: tensors[name].detach().to("cpu", dtype or tensors[name].dtype).contiguous() for name in names},
             path.with_name(file),
             metadata={"format": "pt"},
         )

@@ -13,8 +13,8 @@ from golden_numbers import ATOL, GOLDEN, close, golden, tensor
 
 from common.bagel import vae
 from common.bagel.checkpoint import Checkpoint
-from common.bagel.decoder import Packing
-from common.bagel.policy import BagelPolicy, sincos_2d
+from common.bagel.decoder import Layer, Packing
+from common.bagel.policy import BagelPolicy, places, sincos_2d
 from common.bagel.text import THINK_SYSTEM_PROMPT
 
 SIZES = ("s0", "s1")
@@ -200,3 +200,71 @@ def test_packing_order(golden_checkpoint: Checkpoint) -> None:
 def test_pixels_are_truncated(file: str, pixels: str, image: str) -> None:
     numbers = golden(f"bagel/{file}.npz")
     assert (vae.to_uint8(tensor(numbers[pixels]))[0].numpy() == numbers[image]).all()
+
+
+@pytest.mark.parametrize("name", ["a", "b", "c"])
+def test_text_advances_rope_by_one(name: str) -> None:
+    text = golden("bagel/text.npz")
+    positions = Packing.of([len(text[f"{name}_ids"])], torch.device("cpu")).positions
+    assert positions.tolist() == text[f"{name}_position_ids"].tolist()
+
+
+def test_decoding_starts_behind_the_context_and_strings_drift(golden_checkpoint: Checkpoint) -> None:
+    """The reference decodes and encodes its reasoning again; the ids that come back are not those that were sampled."""
+    text, chat = golden("bagel/text.npz"), golden_checkpoint.chat
+    context, generated = text["greedy_context_ids"].tolist(), text["greedy_generated"].tolist()
+    assert generated[0] == chat.start
+    packing = Packing.of([len(context) + 1], torch.device("cpu"))
+    assert packing.positions[-1:].tolist() == text["greedy_start_position"].tolist()
+    said = chat.tokenizer.decode(generated[1:], skip_special_tokens=False)
+    assert chat.wrap(said) == text["greedy_reencoded"].tolist()
+    assert chat.context_ids([*context, chat.start], generated[1:])[len(context) :] == [*generated, chat.end]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_noised_image_lies_as_the_references(policy: BagelPolicy, golden_checkpoint: Checkpoint, size: str) -> None:
+    """Markers around the latents, all at one rope position, behind the cached context."""
+    numbers = {
+        key.removeprefix(f"{size}_"): a for key, a in golden("bagel/velocity.npz").items() if key.startswith(size)
+    }
+    context, grid = policy.prefill([think_context()]), tuple(numbers["grid_hw"].tolist())
+    n, cached = grid[0] * grid[1], context.present.sum().item()
+    assert golden_checkpoint.config.grid(*numbers["image_hw"].tolist()) == grid
+    assert numbers["packed_text_ids"].tolist() == list(policy.markers)
+    assert numbers["packed_text_indexes"].tolist() == [0, n + 1]
+    assert numbers["packed_vae_token_indexes"].tolist() == list(range(1, n + 1))
+    at = places(grid, golden_checkpoint.config.max_latent_size, policy.device)
+    assert at.tolist() == numbers["packed_vae_position_ids"].tolist()
+    assert set(numbers["packed_position_ids"].tolist()) == set(context.position.tolist())
+    assert numbers["packed_seqlens"].tolist() == [n + 2]
+    assert numbers["key_values_lens"].tolist() == [cached]
+    assert numbers["packed_key_value_indexes"].tolist() == list(range(cached))
+    assert numbers["packed_indexes"].tolist() == list(range(cached, cached + n + 2))
+
+
+def test_hidden_states_of_a_noised_image(policy: BagelPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every layer's output, latents and markers, in the reference's order."""
+    numbers, states = golden("bagel/velocity.npz"), []
+    draw = Layer.draw
+
+    def recording(layer: Layer, gen: torch.Tensor, und: torch.Tensor, *rest: torch.Tensor):
+        states.append((gen, und))
+        states.append(draw(layer, gen, und, *rest))
+        return states[-1]
+
+    monkeypatch.setattr(Layer, "draw", recording)
+    context, grid = policy.prefill([think_context()]), tuple(numbers["s0_grid_hw"].tolist())
+    policy.velocity(tensor(numbers["s0_t1_x"])[None], tensor(numbers["ts"][[1]]), context, grid)
+    rows = [torch.cat([und[0, :1], gen[0], und[0, 1:]]) for gen, und in [states[0], *states[1::2]]]
+    close(torch.stack(rows), numbers["s0_t1_hidden"])
+
+
+def test_scaled_latents_and_a_sample_of_the_posterior(golden_checkpoint: Checkpoint) -> None:
+    numbers, sizes = golden("bagel/vae.npz"), golden_checkpoint.config.vae_config
+    assert [sizes.scale_factor, sizes.shift_factor] == numbers["scale_shift"].tolist()
+    mean, deviation = tensor(numbers["moments_mean"]), (0.5 * tensor(numbers["moments_logvar"])).exp()
+    tokens = vae.encode(golden_checkpoint.vae, golden_checkpoint.config, tensor(numbers["image"])[None])
+    grid = golden_checkpoint.config.grid(*numbers["image"].shape[1:])
+    close(vae.unpack(tokens, grid, golden_checkpoint.config.latent_patch_size), numbers["latent"])
+    sampled = mean + deviation * tensor(numbers["sample_noise"])
+    close(sizes.scale_factor * (sampled - sizes.shift_factor), numbers["latent_sampled"])

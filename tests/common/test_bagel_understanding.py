@@ -148,10 +148,10 @@ def test_an_image_needs_the_tower(golden_checkpoint: Checkpoint, checkpoint: Che
 
 
 class Recorded:
-    """The packed documents of train_packed2.npz, taken apart: parts of each document, and its noised images."""
+    """The packed documents of a training recording, taken apart: parts of each document, and its noised images."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.numbers: dict[str, Any] = golden("bagel/train_packed2.npz")
+    def __init__(self, checkpoint: Checkpoint, file: str = "train_packed2") -> None:
+        self.numbers: dict[str, Any] = golden(f"bagel/{file}.npz")
         numbers, self.documents, self.noised = self.numbers, [], []
         ends = np.cumsum(numbers["sample_lens"])
         images = iter(self.images(checkpoint))
@@ -194,9 +194,13 @@ class Recorded:
             start += n
 
 
+FILES = ("train_t2i", "train_packed2")
+
+
+@pytest.mark.parametrize("file", FILES)
 @torch.no_grad()
-def test_recorded_documents_lie_as_the_references(checkpoint: Checkpoint) -> None:
-    recorded, numbers, config = Recorded(checkpoint), golden("bagel/train_packed2.npz"), checkpoint.config
+def test_recorded_documents_lie_as_the_references(checkpoint: Checkpoint, file: str) -> None:
+    recorded, numbers, config = Recorded(checkpoint, file), golden(f"bagel/{file}.npz"), checkpoint.config
     layout = lay_out(recorded.documents, checkpoint.policy.markers, torch.device("cpu"))
     rows = np.array(recorded.context_rows)
     assert layout.ids.tolist() == numbers["token_ids"][rows].tolist()
@@ -218,9 +222,10 @@ def test_recorded_documents_lie_as_the_references(checkpoint: Checkpoint) -> Non
     assert at.tolist() == numbers["latent_position_ids"].tolist()
 
 
+@pytest.mark.parametrize("file", FILES)
 @torch.no_grad()
-def test_latents_of_padded_images(checkpoint: Checkpoint) -> None:
-    numbers, recorded = golden("bagel/train_packed2.npz"), Recorded(checkpoint)
+def test_latents_of_padded_images(checkpoint: Checkpoint, file: str) -> None:
+    numbers, recorded = golden(f"bagel/{file}.npz"), Recorded(checkpoint, file)
     posterior = checkpoint.vae.encode(tensor(numbers["padded_images"])).latent_dist.mean
     sizes = checkpoint.config.vae_config
     close(sizes.scale_factor * (posterior - sizes.shift_factor), numbers["padded_latent"])
