@@ -283,6 +283,8 @@ class Learner(Resources):
     """Train low-rank adapters instead of the weights themselves; {} takes the defaults."""
     chains_per_micro_batch: Count = 64
     """Chains in one forward and backward of a rank."""
+    reference_on_host: bool = False
+    """Keep the reference in host memory and exchange it with the policy once per batch; saves a model's memory."""
     activation_checkpointing: bool = False
     """Keep only the inputs of each layer for the backward: a third more operations, a small part of the memory."""
     deadline_s: Positive = 600.0

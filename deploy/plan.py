@@ -101,7 +101,7 @@ def learner_memory(config: TrainConfig, sizes: Sizes) -> ActorMemory:
         min(1.0, learner.gpus),
         {
             "weights": sizes.policy * width / (ranks if stage == 3 else 1),
-            "reference": sizes.policy * width if uses_reference(config) else 0.0,
+            "reference": 0.0 if learner.reference_on_host else sizes.policy * width * uses_reference(config),
             "optimizer": trained * 12 / ranks,
             "gradients": trained * width / (ranks if stage >= 2 else 1),
             "activations": max(activations, stepping),

@@ -26,6 +26,7 @@ from common.types import Chain, Group, WeightManifest
 from learner import checkpoint as run_checkpoint
 from learner.engine import Engine, init_process_group
 from learner.publish import Publisher
+from learner.reference import HostReference
 from learner.refl import ReFLUpdater
 from learner.self_test import CHAINS, Comparison, compare
 from learner.update import MicroBatch, Updater, lay_out, metrics_of, share_out
@@ -53,6 +54,8 @@ class LearnerRank:
         self.reference: Callable[..., PolicyOutput] | None = None
         if compared and config.learner.lora:
             self.reference = lora.reference_of(policy)
+        elif compared and config.learner.reference_on_host:
+            self.reference = HostReference(policy)
         elif compared:
             # The checkpoint the run started from. Its parameters keep requires_grad although nothing trains them:
             # torch picks other kernels without it, and the distance of equal weights must be exactly 0.

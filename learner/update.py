@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ from common.policy import Batch, Guidance, OpenPolicy, PolicyOutput
 from common.types import Chain, Prompt
 from learner import objective
 from learner.engine import Engine
+from learner.reference import HostReference
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,8 @@ class Updater:
         """
         objective_config = self.config.objective
         steps = objective_config.epochs * len(minibatches)
-        reference = [[self._reference(micro) for micro in mini] for mini in minibatches]
+        with self.reference if isinstance(self.reference, HostReference) else nullcontext():
+            reference = [[self._reference(micro) for micro in mini] for mini in minibatches]
         # With a single optimizer step the weights of the forward are the old policy: detaching it is exact.
         old = [
             [self._old(micro) if steps > 1 or not micro.on_policy else None for micro in mini] for mini in minibatches

@@ -7,10 +7,9 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
 
 from common.bagel import vae as vae_ops
@@ -23,6 +22,9 @@ from common.bagel.text import ChatTokenizer
 from common.bagel.vae import build_vae, from_diffusers, to_diffusers
 from common.config import Cfg
 from common.policy import Guidance, OpenPolicy
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 WEIGHTS, AUTOENCODER = "ema.safetensors", "ae.safetensors"
 HEAD, EMBEDDING = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"

@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from common.bagel import cfg as guidance
@@ -19,6 +19,9 @@ from common.bagel.decoder import Context, Decoder, Packing
 from common.bagel.vit import MLP, VisionTower
 from common.config import Cfg
 from common.policy import Policy, PolicyOutput
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 TIME_FREQUENCIES = 128
 

@@ -8,16 +8,21 @@ and linear layers in diffusers.
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
 
 from common.bagel.config import BagelConfig, VAEConfig
 
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
 
 def build_vae(config: VAEConfig) -> AutoencoderKL:
     """An AutoencoderKL of the given geometry with random weights."""
+    from diffusers import AutoencoderKL
+
     levels = len(config.ch_mult)
     return AutoencoderKL(
         in_channels=config.in_channels,

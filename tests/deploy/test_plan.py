@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from golden_numbers import CHECKPOINT
+from typer.testing import CliRunner
 
 from common.bagel import checkpoint as store
 from common.bagel.config import BagelConfig
@@ -15,6 +16,7 @@ from common.bagel.policy import BagelPolicy
 from common.bagel.sizes import BagelSizes
 from common.config import ConfigError, validate
 from common.sizes import ChainShape, describing
+from deploy.cli import app
 from deploy.devices import DEVICES, parse_gpus
 from deploy.measure import random_policy
 from deploy.packed import _batch, random_work
@@ -146,3 +148,26 @@ def test_bad_gpus(text: str, message: str) -> None:
 def test_an_unknown_checkpoint_names_those_that_are_described() -> None:
     with pytest.raises(ConfigError, match=r"nowhere does not exist.*BAGEL-7B-MoT"):
         describing("models/nowhere")
+
+
+RECIPES = {"bagel-8gpu": "8xH200-141GB", "bagel-disaggregated": "16xH100-80GB"}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_for_released_checkpoints_fit_what_they_are_for(recipe: str) -> None:
+    """No weights and no GPU are here; a GPU of half the memory would not do."""
+    shown = CliRunner().invoke(app, ["train", recipe, "--dry-run", "--gpus", RECIPES[recipe]])
+    assert shown.exit_code == 0, shown.output
+    for word in ("weights", "optimizer", "gradients", "activations", "KV cache", "is not here", "fits"):
+        assert word in shown.output
+    count = RECIPES[recipe].partition("x")[0]
+    small = CliRunner().invoke(app, ["plan", recipe, "--gpus", f"{count}xA100-40GB"])
+    assert small.exit_code == 1
+    assert "does not fit" in small.output and "learner needs" in small.output
+
+
+def test_a_plan_says_how_long_a_step_takes() -> None:
+    shown = CliRunner().invoke(app, ["plan", "bagel-disaggregated", "--gpus", "12xH100-80GB"])
+    assert shown.exit_code == 1
+    assert "the actors ask for 16 GPUs, there are 12" in shown.output
+    assert "rollout and update overlap" in shown.output

@@ -23,6 +23,7 @@ from common.bagel.policy import BagelPolicy
 from common.config import Cfg, TrainConfig
 from common.types import Chain
 from learner.engine import Engine
+from learner.reference import HostReference
 from learner.update import MicroBatch, Updater, lay_out, metrics_of, share_out
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -178,6 +179,51 @@ def test_first_update_has_ratio_one_and_distance_zero(
         assert second["sum/image/log_ratio_abs"] > 0
         assert second["sum/image/velocity_mse"] > 0
         assert abs(second["sum/text/ratio"] / second["count/token"] - 1) > 1e-3
+
+
+@pytest.mark.parametrize(("epochs", "policy_forwards"), [(1, 2), (2, 2 + 4)])
+@pytest.mark.parametrize("on_host", [False, True])
+def test_nothing_is_computed_twice(
+    golden_checkpoint: Checkpoint,
+    chains: list[Chain],
+    policy: BagelPolicy,
+    epochs: int,
+    policy_forwards: int,
+    on_host: bool,
+) -> None:
+    """One optimizer step needs no pass of the old policy, and no number of steps a second one of the reference."""
+    updater = Watched(policy, train_config(epochs=epochs), reference=not on_host, lr=1e-3)
+    if on_host:
+        updater.reference = HostReference(policy)
+    reference = policy if on_host else updater.reference
+    asked: Counter[str] = Counter()
+    policy.register_forward_pre_hook(lambda *_: asked.update(["policy"]))
+    reference.register_forward_pre_hook(lambda *_: asked.update(["reference"]))  # type: ignore[union-attr]
+    micro = [micro_batch(golden_checkpoint, part, ADVANTAGES[: len(part)]) for part in (chains[:4], chains[4:])]
+    updater.run([micro], [COUNT])
+    if on_host:
+        assert asked["policy"] == policy_forwards + 2
+    else:
+        assert asked == {"policy": policy_forwards, "reference": 2}
+    assert updater.losses[0]["sum/image/velocity_mse"] == 0.0
+    assert epochs == 1 or updater.losses[1]["sum/image/velocity_mse"] > 0
+
+
+def test_a_reference_on_the_host_answers_as_it_was_and_leaves_the_policy_alone(
+    golden_checkpoint: Checkpoint, chains: list[Chain], policy: BagelPolicy
+) -> None:
+    reference, original = HostReference(policy), copy.deepcopy(policy)
+    batch = micro_batch(golden_checkpoint, chains, ADVANTAGES).packed
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.mul_(1.1)
+        moved = snapshot(policy)
+        with reference:
+            found = reference(batch)
+        assert torch.equal(found.velocity, original(batch).velocity)
+    assert not changed(policy, moved)
+    with pytest.raises(RuntimeError, match="within `with reference:`"):
+        reference(batch)
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2])
