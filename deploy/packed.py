@@ -154,12 +154,15 @@ def difference(one: Pass, other: Pass) -> float:
     )
 
 
-def compare(policy: BagelPolicy, work: Work, repeat: int = 2) -> list[tuple[str, str]]:
-    """Both ways and the matrix rate, one after the other on the policy's own device and type: (what, measured)."""
+def compare(policy: BagelPolicy, work: Work, repeat: int = 2, micro: int | None = None) -> list[tuple[str, str]]:
+    """Both ways and the matrix rate, one after the other on the policy's own device and type: (what, measured).
+
+    micro: chains of one packed forward, as learner.chains_per_micro_batch; all without it.
+    """
     config = policy.config
     rate = matrix_rate(policy.vae2llm.weight.dtype, policy.device.type)
     ways = {
-        "packed": run_pass(policy, lambda: packed(policy, work), packed_flops(config, work), repeat),
+        "packed": run_pass(policy, lambda: packed(policy, work, micro), packed_flops(config, work), repeat),
         "plain": run_pass(policy, lambda: plain(policy, work), plain_flops(config, work), repeat),
     }
     rows = []

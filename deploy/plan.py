@@ -146,26 +146,27 @@ def step_time(config: TrainConfig, sizes: Sizes, device: Device, tokens: int | N
     )
 
 
-def _rate(device: Device, gpus: float) -> float:
-    return device.tflops * 1e12 * MATRIX_EFFICIENCY * gpus
+def _rate(device: Device) -> float:
+    """Operations per second of one actor; actors that share a device on-policy take turns on it."""
+    return device.tflops * 1e12 * MATRIX_EFFICIENCY
 
 
 def _rollout_time(config: TrainConfig, sizes: Sizes, device: Device, tokens: int | None) -> tuple[float, float]:
     """Reasoning and drawing of one replica's chains, one call after the other."""
     rollout, width = config.rollout, number_bytes(config.rollout.dtype)
-    chain, share = chain_shape(config, sizes, tokens), min(1.0, rollout.gpus)
+    chain = chain_shape(config, sizes, tokens)
     chains = config.chains_per_step / rollout.replicas
     batch = min(REASONER_BATCH, chains, rollout.groups_per_call * config.data.group_size)
     tensor = rollout.tensor_parallel
     read = (sizes.reasoner + batch * chain.text * sizes.kv_numbers) * width / tensor
     iteration = max(
         read / (device.bandwidth_gbs * GB * READ_EFFICIENCY),
-        batch * sizes.read_flops(1, 1) / (_rate(device, share) * tensor),
+        batch * sizes.read_flops(1, 1) / (_rate(device) * tensor),
     )
     reasoning = chains / batch * chain.scored * (iteration + device.decode_s)
     steps = config.sampling.points - 1
     flops = steps * sizes.draw_flops(chain.image, chain.text) + sizes.read_flops(chain.text, 0)
-    return reasoning, chains * flops / _rate(device, share)
+    return reasoning, chains * flops / _rate(device)
 
 
 def _update_time(config: TrainConfig, sizes: Sizes, device: Device, tokens: int | None) -> float:
@@ -175,7 +176,7 @@ def _update_time(config: TrainConfig, sizes: Sizes, device: Device, tokens: int 
     forward = sizes.read_flops(chain.text, chain.scored) + chain.window * sizes.draw_flops(chain.image, chain.text)
     passes = objective.epochs * (4 if learner.activation_checkpointing else 3)
     passes += (objective.epochs * objective.minibatches > 1) + uses_reference(config)
-    return config.chains_per_step / learner.ranks * passes * forward / _rate(device, min(1.0, learner.gpus))
+    return config.chains_per_step / learner.ranks * passes * forward / _rate(device)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,9 @@ from common.bagel.config import BagelConfig, VAEConfig
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
+# Pixels decoded at once: one image of 1024 x 1024, whose widest activations are about 4 GB in fp32.
+DECODED_PIXELS = 1 << 20
+
 
 def build_vae(config: VAEConfig) -> AutoencoderKL:
     """An AutoencoderKL of the given geometry with random weights."""
@@ -117,7 +120,10 @@ def encode(vae: AutoencoderKL, config: BagelConfig, pixels: Tensor) -> Tensor:
 def decode(vae: AutoencoderKL, config: BagelConfig, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """latent tokens [M, N, D] -> pixels [M, 3, H, W], about [-1, 1]."""
     latent = unpack(tokens, grid, config.latent_patch_size)
-    return vae.decode(latent / config.vae_config.scale_factor + config.vae_config.shift_factor).sample
+    latent = latent / config.vae_config.scale_factor + config.vae_config.shift_factor
+    side = config.vae_config.downsample
+    images = max(1, DECODED_PIXELS // (latent.shape[-1] * latent.shape[-2] * side**2))
+    return torch.cat([vae.decode(part).sample for part in latent.split(images)])
 
 
 def to_uint8(pixels: Tensor) -> Tensor:
