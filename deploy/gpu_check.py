@@ -127,7 +127,9 @@ def golden_policy(directory: Path, device: str, dtype: torch.dtype) -> BagelPoli
     chat = ChatTokenizer.read(directory, config.llm_config.vocab_size)
     policy = BagelPolicy(config, (chat.vision_start, chat.vision_end))
     wanted = policy.state_dict()
-    policy.load_state_dict({k: v for k, v in load_file(directory / "ema.safetensors").items() if k in wanted})
+    found = {k: v for k, v in load_file(directory / "ema.safetensors").items() if k in wanted}
+    # A tied head is stored once.
+    policy.load_state_dict(found, strict=not config.llm_config.tie_word_embeddings)
     return policy.to(device, dtype).eval()
 
 
