@@ -125,7 +125,7 @@ def plan_against_step(steps: int = 4) -> None:
     before = matrix_rate(getattr(torch, config.learner.dtype))
     measured = step_overhead(steps)
     rate = (before + matrix_rate(getattr(torch, config.learner.dtype))) / 2
-    copy = sync_rates()[1]
+    copy = sync_rates()["copy"]
     # Replicas, then ranks, share the CPUs that the rate was measured on.
     core = Device(rate / config.learner.ranks / 1e12, 0, copy / config.learner.ranks, copy)
     tokens = round(measured["rollout/tokens_per_s"] / measured["rollout/images_per_s"])
@@ -135,8 +135,11 @@ def plan_against_step(steps: int = 4) -> None:
         "update": (predicted.update, measured["time/update_s"]),
         "step": (predicted.total, measured["time/step_s"]),
     }
-    for name, (plan, found) in pairs.items():
-        show(f"plan, default recipe, {name}", f"{plan:.2f} s predicted, {found:.2f} s measured: {plan / found:.2f}")
+    for name, (expected, found) in pairs.items():
+        show(
+            f"plan, default recipe, {name}",
+            f"{expected:.2f} s predicted, {found:.2f} s measured: {expected / found:.2f}",
+        )
 
 
 def show(what: str, value: str) -> None:
