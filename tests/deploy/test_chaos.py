@@ -27,13 +27,14 @@ SMALL = ["data.prompts_per_step=4", "data.group_size=4", "rollout.groups_per_cal
 
 
 @pytest.mark.timeout(900)
-def test_a_run_survives_a_kill_of_every_kind(tmp_path: Path) -> None:
+def test_a_run_survives_a_kill_of_every_actor_and_of_a_node(tmp_path: Path) -> None:
+    """The driver's turn is in test_end_to_end.py."""
     command = [str(Path(sys.executable).with_name("unigrpo")), "chaos", "shapes", *SMALL, f"runs_dir={tmp_path}"]
-    command += ["max_staleness=1"]  # so that groups are in flight when the learner and the driver die
-    done = subprocess.run([*command, "--kills", "5"], capture_output=True, text=True, timeout=850)
+    command += ["max_staleness=1"]  # so that groups are in flight when the learner dies
+    done = subprocess.run([*command, "--kills", "4", "--seed", "8"], capture_output=True, text=True, timeout=850)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
-    assert "5 kills in" in done.stdout and "7 steps, 2 drivers, 0 problems" in done.stdout
-    assert all(f"{kind} killed" in done.stdout for kind in KINDS)
+    assert "4 kills in" in done.stdout and "6 steps, 1 drivers, 0 problems" in done.stdout
+    assert all(f"{kind} killed" in done.stdout for kind in KINDS if kind != "driver")
 
 
 def test_every_kind_has_its_turn_and_the_seed_decides() -> None:
