@@ -35,7 +35,9 @@ def test_groups_that_are_too_stale_are_left_out_and_counted(bound: int, left_out
         return {"loss": 1.0}
 
     session: Any = SimpleNamespace(
-        config=SimpleNamespace(max_staleness=bound, rollout=SimpleNamespace(deadline_s=1.0)),
+        config=SimpleNamespace(
+            max_staleness=bound, rollout=SimpleNamespace(deadline_s=1.0), data=SimpleNamespace(refill_rounds=0)
+        ),
         version=5,
         rewards=SimpleNamespace(start=lambda ref, size: ref, finish=lambda tickets: scored),
         learner=SimpleNamespace(update=update),
@@ -44,7 +46,12 @@ def test_groups_that_are_too_stale_are_left_out_and_counted(bound: int, left_out
     ((step, refs, rewards),) = given
     assert (step, refs) == (5, ["group 0", "group 1", "group 2"])
     assert sorted(set(np.nonzero(np.isnan(rewards))[0])) == left_out
-    assert metrics == {"loss": 1.0, "rollout/staleness": 1.0, "rollout/stale_groups": len(left_out)}
+    assert metrics == {
+        "loss": 1.0,
+        "reward/refilled_groups": 0.0,
+        "rollout/staleness": 1.0,
+        "rollout/stale_groups": len(left_out),
+    }
 
 
 def test_lost_groups_are_asked_for_again_but_not_for_ever() -> None:

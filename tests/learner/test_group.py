@@ -34,6 +34,7 @@ def config() -> TrainConfig:
         "learner.ranks=2",
         "sampling.noise_level=0.7",
         "checkpoints.keep=1",
+        "self_test=false",  # these chains were not made by a rollout
         "learner.deadline_s=200",
     ]
     return load_config("shapes", overrides)
