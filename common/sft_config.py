@@ -6,18 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from common.config import (
-    ConfigError,
-    Count,
-    DType,
-    NonNegative,
-    Positive,
-    Section,
-    apply_overrides,
-    explain,
-    native_dtype,
-    read_recipe,
-)
+from common.config import ConfigError, Count, DType, NonNegative, Positive, Section, native_dtype
+from common.recipe import apply_overrides, explain, read_recipe
 
 
 class Autoencoder(Section):

@@ -13,16 +13,8 @@ from typing import Annotated
 
 import typer
 
-from common.config import (
-    ConfigError,
-    TrainConfig,
-    apply_overrides,
-    load_config,
-    read_recipe,
-    run_path,
-    to_yaml,
-    validate,
-)
+from common.config import ConfigError, TrainConfig, run_path
+from common.recipe import apply_overrides, load_config, read_recipe, to_yaml, validate
 from common.types import NonFiniteError, SelfTestError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -252,7 +244,7 @@ def chaos(
     minutes: Annotated[float, typer.Option(help="No kills after this; the run then goes to its end.")] = 120.0,
 ) -> None:
     """Train on a small cluster of this machine while killing actors, nodes and the driver; then look for damage."""
-    from deploy.chaos import OVERRIDES, rage, summary
+    from deploy.chaos.command import OVERRIDES, rage, summary
 
     config = load_config(recipe, ["run_name=chaos", *OVERRIDES, f"steps={kills + 2}", *(overrides or [])])
     storm = rage(config, kills, seed, minutes, typer.echo)

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.config import ConfigError, TrainConfig, load_config, read_recipe, to_yaml
+from common.config import ConfigError, TrainConfig
+from common.recipe import load_config, read_recipe, to_yaml
 from common.rundir import RunDirectory, dump_json, replacing
 from deploy.evaluation import Result
 

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import ray
 from ray.exceptions import AuthenticationError
 
-from common.config import ConfigError, TrainConfig, in_job, to_yaml
+from common.config import ConfigError, TrainConfig, in_job
 from common.events import event, journal
 from common.metrics import Trackers
 from common.policy import directories
 from common.prompts import PromptOrder
+from common.recipe import to_yaml
 from common.rundir import RunDirectory
 from common.runtime import check_answers, check_versions, one_line, versions
 from common.types import Prompt

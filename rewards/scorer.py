@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from common import config
 from common.config import ConfigError, Section
+from common.recipe import explain
 from common.types import Prompt
 
 BUILT_IN = {
@@ -96,7 +97,7 @@ def check_options(name: str, options: Mapping[str, Any]) -> Section:
     try:
         return model.model_validate(dict(options))
     except ValidationError as error:
-        raise ConfigError(f"reward {name}, options: {config.explain(error, model).removeprefix('config: ')}") from error
+        raise ConfigError(f"reward {name}, options: {explain(error, model).removeprefix('config: ')}") from error
 
 
 def build(name: str, options: Mapping[str, Any]) -> Scorer:

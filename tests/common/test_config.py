@@ -11,18 +11,8 @@ import pytest
 import yaml
 
 from common import hardware
-from common.config import (
-    RECIPES,
-    REPOSITORY,
-    ConfigError,
-    TrainConfig,
-    apply_overrides,
-    load_config,
-    read_recipe,
-    resolve_path,
-    to_yaml,
-    validate,
-)
+from common.config import REPOSITORY, ConfigError, TrainConfig, resolve_path
+from common.recipe import RECIPES, apply_overrides, load_config, read_recipe, to_yaml, validate
 
 
 def error_of(data: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ from functools import reduce
 
 import pytest
 
-from common.config import load_config
+from common.recipe import load_config
 
 # Table 3 of arXiv 2603.23500, row by row, and where the resolved configuration has each number.
 TABLE_3 = """

@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.config import TrainConfig, load_config, resolve_path
+from common.config import TrainConfig, resolve_path
 from common.prompts import PromptOrder, read_prompts
+from common.recipe import load_config
 from common.records import write_groups
 from common.rundir import RunDirectory
 from common.types import Chain, Group, ImageSegment, TextSegment
-from deploy.chaos import KINDS, schedule
-from deploy.chaos_check import AUDIT, check_run
+from deploy.chaos.check import AUDIT, check_run
+from deploy.chaos.command import KINDS, schedule
 from deploy.requests import training_requests
 
 STEPS = 3

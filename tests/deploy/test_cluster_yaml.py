@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from common.config import REPOSITORY, load_config
+from common.config import REPOSITORY
+from common.recipe import load_config
 from deploy.preflight import check_resources, demands
 
 FILE = REPOSITORY / "ray_cluster.yaml"

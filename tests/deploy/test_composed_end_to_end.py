@@ -12,9 +12,10 @@ import ray
 import torch
 from numpy.typing import NDArray
 
-from common.config import Model, TrainConfig, resolve_path, validate
+from common.config import Model, TrainConfig, resolve_path
 from common.policy import open_policy
 from common.prompts import PromptOrder, read_prompts
+from common.recipe import validate
 from common.types import Group
 from deploy.preflight import check_inputs
 from deploy.requests import training_requests

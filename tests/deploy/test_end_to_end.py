@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from common.config import ConfigError, load_config
+from common.config import ConfigError
 from common.events import read_events
 from common.metrics import METRICS
+from common.recipe import load_config
 from common.records import read_groups
 from common.rundir import RunDirectory
 from deploy.control import scale

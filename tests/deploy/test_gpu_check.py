@@ -8,7 +8,7 @@ import sys
 import pytest
 from golden_numbers import ATOL, GOLDEN
 
-from deploy.gpu_check import main
+from deploy.bench.gpu import main
 
 
 def test_smallest_size_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
@@ -25,4 +25,4 @@ def test_smallest_size_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_it_needs_neither_vllm_nor_deepspeed_nor_diffusers() -> None:
     absent = "import sys; sys.modules.update(dict.fromkeys(('vllm', 'deepspeed', 'diffusers', 'transformers', 'ray')))"
-    subprocess.run([sys.executable, "-c", f"{absent}; import deploy.gpu_check"], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", f"{absent}; import deploy.bench.gpu"], check=True, timeout=120)

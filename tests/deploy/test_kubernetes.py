@@ -12,7 +12,8 @@ import yaml
 from kuberay_schema import RayCluster, RayJob, Workers, manifest
 from pydantic import ValidationError
 
-from common.config import REPOSITORY, load_config
+from common.config import REPOSITORY
+from common.recipe import load_config
 from deploy.cluster import NODE_GROUPS
 from deploy.preflight import check_fits, check_resources, demands
 

@@ -9,8 +9,18 @@ import torch
 
 from common.bagel.config import BagelConfig
 from common.bagel.policy import BagelPolicy
-from deploy.measure import random_policy
-from deploy.packed import Work, compare, difference, packed, packed_flops, plain, plain_flops, random_work, run_pass
+from deploy.bench.measure import random_policy
+from deploy.bench.packed import (
+    Work,
+    compare,
+    difference,
+    packed,
+    packed_flops,
+    plain,
+    plain_flops,
+    random_work,
+    run_pass,
+)
 
 SHAPES = Path(__file__).parents[2] / "deploy/models/shapes"
 

@@ -14,12 +14,13 @@ from common.bagel import checkpoint as store
 from common.bagel.config import BagelConfig
 from common.bagel.policy import BagelPolicy
 from common.bagel.sizes import BagelSizes
-from common.config import ConfigError, validate
+from common.config import ConfigError
+from common.recipe import validate
 from common.sizes import ChainShape, describing
+from deploy.bench.measure import random_policy
+from deploy.bench.packed import _batch, random_work
 from deploy.cli import app
 from deploy.devices import DEVICES, parse_gpus
-from deploy.measure import random_policy
-from deploy.packed import _batch, random_work
 from deploy.plan import learner_memory, rollout_memory, step_time
 
 SHAPES = Path(__file__).parents[2] / "deploy/models/shapes"

@@ -9,8 +9,9 @@ import pytest
 from golden_numbers import CHECKPOINT
 
 from common.bagel.config import CheckpointError
-from common.config import ConfigError, TrainConfig, validate
+from common.config import ConfigError, TrainConfig
 from common.prompts import PromptOrder, read_prompts
+from common.recipe import validate
 from common.types import RolloutRequest
 from deploy.preflight import check_fits, check_inputs, check_resources, demands, describe
 from deploy.requests import evaluation_requests, training_requests

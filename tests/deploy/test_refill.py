@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from common.config import TrainConfig, validate
+from common.config import TrainConfig
 from common.prompts import PromptOrder
+from common.recipe import validate
 from common.types import Prompt, RolloutRequest, RolloutStats
 from deploy.refill import flat_groups, refill
 from deploy.requests import training_requests

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from common.config import ConfigError, TrainConfig, to_yaml
+from common.config import ConfigError, TrainConfig
+from common.recipe import to_yaml
 from common.records import decode_png, encode_png
 from common.rundir import RunDirectory
 from deploy.evaluation import Sample, summarise

@@ -7,8 +7,9 @@ import torch
 
 from common.bagel.checkpoint import Checkpoint
 from common.bagel.policy import BagelPolicy
-from common.config import TrainConfig, validate
+from common.config import TrainConfig
 from common.policy import Guidance
+from common.recipe import validate
 from common.types import Chain, ImageSegment, TextSegment
 from learner.engine import Engine
 from learner.update import MicroBatch, lay_out

@@ -7,7 +7,7 @@ from chains import changed, make_chains, snapshot
 from golden_numbers import CHECKPOINT
 
 from common.bagel import checkpoint as store
-from common.config import load_config
+from common.recipe import load_config
 from common.types import Prompt
 from learner.engine import Engine
 from learner.refl import ReFLUpdater

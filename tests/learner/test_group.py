@@ -17,7 +17,8 @@ from golden_numbers import CHECKPOINT
 from safetensors.torch import load_file
 
 from common.bagel.checkpoint import Checkpoint
-from common.config import TrainConfig, load_config
+from common.config import TrainConfig
+from common.recipe import load_config
 from common.types import Group, Prompt
 from learner import checkpoint as run_checkpoint
 from learner.actor import LearnerRank

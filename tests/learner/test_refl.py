@@ -9,7 +9,7 @@ from golden_numbers import CHECKPOINT, close
 
 from common.bagel import checkpoint as store
 from common.bagel import vae
-from common.config import validate
+from common.recipe import validate
 from common.shapes.learned import learned_score, load_reader
 from common.types import Prompt
 from learner.refl import ReFLUpdater

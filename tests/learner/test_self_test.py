@@ -13,7 +13,8 @@ import torch
 from chains import POINTS, make_chains, micro_batch
 
 from common.bagel.checkpoint import Checkpoint
-from common.config import Sampling, TrainConfig, validate
+from common.config import Sampling, TrainConfig
+from common.recipe import validate
 from common.types import Chain, SelfTestError
 from learner.group import LearnerGroup
 from learner.self_test import Comparison, compare, verdict

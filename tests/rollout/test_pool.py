@@ -15,8 +15,9 @@ import ray
 from published import publish
 
 from common.bagel import checkpoint as store
-from common.config import TrainConfig, load_config, resolve_path
+from common.config import TrainConfig, resolve_path
 from common.prompts import PromptOrder, read_prompts
+from common.recipe import load_config
 from common.transport.object_store import ObjectStorePublication
 from common.types import Group
 from deploy.requests import training_requests

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from golden_numbers import CHECKPOINT
 
-from common.config import validate
 from common.prompts import PromptOrder
+from common.recipe import validate
 from common.types import Group, Prompt
 from deploy.requests import training_requests
 from rollout.actor import RolloutReplica

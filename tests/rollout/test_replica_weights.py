@@ -10,8 +10,8 @@ import ray
 import torch
 from published import publish
 
-from common.config import load_config
 from common.policy import open_policy
+from common.recipe import load_config
 from common.types import Prompt, RolloutRequest, WeightManifest
 from rollout.actor import RolloutReplica
 

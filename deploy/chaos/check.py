@@ -11,7 +11,7 @@ from common.prompts import PromptOrder, read_prompts
 from common.records import read_groups
 from common.rundir import RunDirectory
 from common.scratch import PREFIX
-from deploy.chaos_cluster import ACTORS, Cluster, title
+from deploy.chaos.cluster import ACTORS, Cluster, title
 from deploy.requests import training_requests
 from learner import checkpoint as run_checkpoint
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import ray
 
-from common.config import load_config
-from deploy.chaos_check import AUDIT
+from common.recipe import load_config
+from deploy.chaos.check import AUDIT
 from deploy.loop import train
 from deploy.session import Session, open_session
 
@@ -32,7 +32,7 @@ def _states(session: Session) -> set[str]:
 
 
 def main() -> None:
-    """`python -m deploy.chaos_driver RECIPE`: resumes the recipe's run if there is one."""
+    """`python -m deploy.chaos.driver RECIPE`: resumes the recipe's run if there is one."""
     config = load_config(sys.argv[1])
     with open_session(config, resume=config.directory.exists()) as session:
         run = train(session)

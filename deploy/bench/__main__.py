@@ -22,10 +22,11 @@ import torch  # noqa: E402
 from common.bagel.config import BagelConfig  # noqa: E402
 from common.bagel.flops import draw_flops, read_flops  # noqa: E402
 from common.bagel.policy import pack_batch  # noqa: E402
-from common.config import TrainConfig, load_config, resolve_path  # noqa: E402
+from common.config import TrainConfig, resolve_path  # noqa: E402
+from common.recipe import load_config  # noqa: E402
 from common.weights import digest, held_bucket, pack, plan, unpack  # noqa: E402
-from deploy.measure import MIDDLE, bagel_config, best, matrix_rate, random_policy  # noqa: E402
-from deploy.packed import compare, random_work  # noqa: E402
+from deploy.bench.measure import MIDDLE, bagel_config, best, matrix_rate, random_policy  # noqa: E402
+from deploy.bench.packed import compare, random_work  # noqa: E402
 
 GRID, CONTEXT, SCORED, WINDOW = (16, 16), 64, 40, 3
 

@@ -1,4 +1,4 @@
-"""`python -m deploy.bench_overlap`: the time of a step with rollouts before the update and beside it, in one run.
+"""`python -m deploy.bench.overlap`: the time of a step with rollouts before the update and beside it, in one run.
 
 One replica and one learner rank, each with a core of its own, so that there is something to overlap.
 """
@@ -9,7 +9,7 @@ import tempfile
 
 import numpy as np
 
-from common.config import load_config
+from common.recipe import load_config
 from deploy.loop import train
 from deploy.session import open_session
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from common.bagel.config import BagelConfig
 from common.bagel.flops import draw_flops, read_flops
 from common.bagel.policy import BagelPolicy, PackedBatch, PolicyOutput, pack_batch
-from deploy.measure import best, matrix_rate
+from deploy.bench.measure import best, matrix_rate
 
 
 @dataclass(frozen=True)

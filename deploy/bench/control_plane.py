@@ -1,4 +1,4 @@
-"""`python -m deploy.control_plane_bench [REPLICAS ...]`: what driving many replicas costs, as a Markdown table.
+"""`python -m deploy.bench.control_plane [REPLICAS ...]`: what driving many replicas costs, as a Markdown table.
 
 The driver's code is the real one: rollout pool, batches, requests, weight publications, reward pool and reward actors.
 What stands in for engines is simulated: `SimulatedHost` is one process that plays many replicas, which sleep as long as
@@ -28,8 +28,9 @@ import ray
 from numpy.typing import NDArray
 
 from common.bagel.config import BagelConfig
-from common.config import Section, TrainConfig, load_config, resolve_path
+from common.config import Section, TrainConfig, resolve_path
 from common.prompts import PromptOrder, read_prompts
+from common.recipe import load_config
 from common.transport.object_store import ObjectStorePublication
 from common.types import Chain, Group, ImageSegment, RolloutRequest, RolloutStats, TextSegment, WeightBucket
 from common.types import WeightManifest as Manifest
@@ -152,7 +153,7 @@ def configuration(replicas: int) -> TrainConfig:
          f"rollout.replicas={replicas}", "data.prompts_per_step=1"],
     )  # fmt: skip
     scorer = config.rewards[0].model_copy(
-        update={"name": "deploy.control_plane_bench:SimulatedScorer", "replicas": scorers, "cpus": 0.0, "weight": 1.0}
+        update={"name": "deploy.bench.control_plane:SimulatedScorer", "replicas": scorers, "cpus": 0.0, "weight": 1.0}
     )
     data = config.data.model_copy(update={"prompts_per_step": replicas})
     return config.model_copy(update={"data": data, "rewards": (scorer,)})

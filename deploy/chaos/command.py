@@ -2,7 +2,7 @@
 
 A head and a few nodes, each a raylet of its own, come up on this machine; the driver is a process that is started again
 with --resume when it was killed. One kill per finished step, at a random moment of the step after it, so that every
-one must be overcome before the next. At the end `deploy/chaos_check.py` looks for anything lost, done twice or left.
+one must be overcome before the next. At the end `deploy/chaos/check.py` looks for anything lost, done twice or left.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from common.config import REPOSITORY, ConfigError, TrainConfig, to_yaml
+from common.config import REPOSITORY, ConfigError, TrainConfig
+from common.recipe import to_yaml
 from common.rundir import RunDirectory
-from deploy.chaos_check import check_left, check_run
-from deploy.chaos_cluster import Cluster
+from deploy.chaos.check import check_left, check_run
+from deploy.chaos.cluster import Cluster
 
 KINDS = {"rollout": 0.35, "reward": 0.25, "learner": 0.2, "node": 0.1, "driver": 0.1}
 """What is killed, and how often once each kind had its turn."""
@@ -92,7 +93,7 @@ class Driver:
         self.starts += 1
         with self.log.open("ab") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "deploy.chaos_driver", str(self._recipe)],
+                [sys.executable, "-m", "deploy.chaos.driver", str(self._recipe)],
                 env=self._environment,
                 stdout=output,
                 stderr=subprocess.STDOUT,

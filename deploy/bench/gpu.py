@@ -1,7 +1,7 @@
 """BAGEL's architecture with random weights on one device, at growing size: speed, memory, and agreement with the CPU.
 
-    python -m deploy.gpu_check                        every size that fits, on the GPU
-    python -m deploy.gpu_check --device cpu --sizes tiny
+    python -m deploy.bench.gpu                        every size that fits, on the GPU
+    python -m deploy.bench.gpu --device cpu --sizes tiny
 
 Needs torch, pydantic, PyYAML, safetensors and tokenizers alone: no vLLM, DeepSpeed or diffusers. The learner's step is
 forward, backward and torch's fused AdamW on the compute weights, without fp32 masters.
@@ -24,8 +24,8 @@ from common.bagel.config import BagelConfig
 from common.bagel.flops import draw_flops
 from common.bagel.policy import BagelPolicy
 from common.sizes import describing
-from deploy.measure import MIDDLE, bagel_config, best, matrix_rate, random_policy
-from deploy.packed import Work, compare, packed, packed_flops, random_work
+from deploy.bench.measure import MIDDLE, bagel_config, best, matrix_rate, random_policy
+from deploy.bench.packed import Work, compare, packed, packed_flops, random_work
 
 
 @dataclass(frozen=True)
