@@ -1,7 +1,8 @@
-"""Group-relative advantages (paper section 3; Dr.GRPO and global-std variants)."""
+"""Group-relative advantages (paper section 3; variants: Dr.GRPO, global std, GDPO's decoupled rewards)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,3 +47,19 @@ def group_advantages(rewards: NDArray[np.floating], *, std: str = "group", clip:
     mask = scored & ~flat
     values = np.where(mask, np.clip(centred / scale, -clip, clip), 0.0)
     return Advantages(values, mask, int(flat.sum()), int((~scored).sum()))
+
+
+def decoupled_rewards(
+    total: NDArray[np.floating], by_scorer: Mapping[str, NDArray[np.floating]], weights: Mapping[str, float]
+) -> NDArray[np.float64]:
+    """Several rewards on one scale (GDPO, arXiv 2601.05242): each has mean 0 and deviation 1 within its group before
+    the weighted sum, so that none is drowned by another's range, and opposite ones do not cancel unseen.
+
+    total [B, G] is NaN for chains that do not contribute; by_scorer name -> [B, G]; weights name -> w, rewards of
+    weight 0 may be left out. Returns [B, G], NaN where total is. A reward that is equal for a whole group adds 0 to it.
+    """
+    left_out = ~np.isfinite(total)
+    combined = np.where(left_out, np.nan, 0.0)
+    for name, weight in weights.items():
+        combined += weight * group_advantages(np.where(left_out, np.nan, by_scorer[name]), clip=np.inf).values
+    return combined

@@ -146,6 +146,9 @@ class Objective(Section):
     """What the centred reward is divided by."""
     advantage_clip: Positive = 5.0
     """Bound on the absolute advantage."""
+    reward_normalisation: Literal["none", "group"] = "none"
+    """Several rewards are summed as they are, or each normalised within its group first; with advantage_std: global
+    that is GDPO."""
     text_clip_low: Positive = 0.2
     """Lower clip of the text ratio, 1 - this."""
     text_clip_high: Positive = 0.2

@@ -17,7 +17,7 @@ from common.rundir import RunDirectory
 from common.timeline import timed
 from deploy.evaluation_run import evaluate
 from deploy.recovery import Recovery, redoing_lost
-from deploy.refill import refill
+from deploy.refill import refill, training_rewards
 from deploy.requests import training_requests
 from deploy.session import Session
 from learner.group import LostLearnerError
@@ -93,7 +93,7 @@ def learn(session: Session, step: int, batch: Batch, clock: Clock) -> tuple[Scor
     stale = staleness > session.config.max_staleness
     scored.total[stale] = np.nan
     with clock("update"):
-        updated = session.learner.update(step, batch.refs, scored.total)
+        updated = session.learner.update(step, batch.refs, training_rewards(session.config, scored))
     return scored, updated | {
         "reward/refilled_groups": float(refilled),
         "rollout/staleness": float(staleness.mean()),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from common.advantage import decoupled_rewards
+from common.config import TrainConfig
 from deploy.requests import refill_requests
 from deploy.session import Session
 from rewards.pool import Scored
@@ -16,16 +18,25 @@ def flat_groups(rewards: NDArray[np.float64]) -> list[int]:
     return [place for place, row in enumerate(rewards) if np.unique(row[np.isfinite(row)]).size == 1]
 
 
+def training_rewards(config: TrainConfig, scored: Scored) -> NDArray[np.float64]:
+    """[B, G]: what advantages are made of. The weighted sum, or that of rewards normalised within their groups."""
+    if config.objective.reward_normalisation == "none":
+        return scored.total
+    weights = {scorer.name: scorer.weight for scorer in config.rewards if scorer.weight}
+    return decoupled_rewards(scored.total, scored.by_scorer, weights)
+
+
 def refill(session: Session, step: int, batch: Batch, scored: Scored) -> tuple[Scored, int]:
     """Replaces a step's flat groups in the batch, at most data.refill_rounds times; scores of all groups, and how many
     were replaced. What is flat still after the last round stays and is masked."""
-    replaced = 0
-    for turn in range(1, session.config.data.refill_rounds + 1):
-        requests = refill_requests(session.config, session.order, step, turn, flat_groups(scored.total))
+    config, replaced = session.config, 0
+    for turn in range(1, config.data.refill_rounds + 1):
+        flat = flat_groups(training_rewards(config, scored))
+        requests = refill_requests(config, session.order, step, turn, flat)
         if not requests:
             break
         fresh = session.rollout.submit(list(requests.values()))
-        arrivals = fresh.arrivals(session.config.rollout.deadline_s)
+        arrivals = fresh.arrivals(config.rollout.deadline_s)
         tickets = dict(sorted((place, session.rewards.start(ref, fresh.sizes[place])) for place, ref in arrivals))
         scored = scored.replaced(list(requests), session.rewards.finish(list(tickets.values())))
         batch.adopt(list(requests), fresh)

@@ -110,7 +110,7 @@ class LearnerRank:
         return self.version
 
     def take(self, refs: list[ray.ObjectRef], rewards: NDArray[np.float64]) -> None:
-        """Fetches the groups of a step (rewards [B, G], NaN where unscored) that this rank has chains of.
+        """Fetches the groups of a step that this rank has chains of; rewards [B, G] as `group_advantages` takes them.
 
         Apart from `update`, so that a group that is lost is noticed before any rank waits for another in a collective.
         """
@@ -249,13 +249,10 @@ class LearnerRank:
     def record(
         self, path: str, refs: list[ray.ObjectRef], rewards: NDArray[np.float64], by_scorer: dict[str, NDArray]
     ) -> None:
-        """Rank 0 writes a step's groups as Parquet."""
+        """Rank 0 writes the groups of the last update as Parquet, with the advantages that it used."""
         if self.rank == 0:
-            o = self.config.objective
-            advantages = group_advantages(rewards, std=o.advantage_std, clip=o.advantage_clip)
-            write_groups(
-                Path(path), ray.get(refs), rewards, by_scorer, advantages.values, self.config.recording.latents
-            )
+            advantages = self.advantages.values
+            write_groups(Path(path), ray.get(refs), rewards, by_scorer, advantages, self.config.recording.latents)
 
     def save(self, directory: str, state: dict[str, Any]) -> str | None:
         """Copies what a run checkpoint holds (collective), which rank 0 then writes in the background; state is the

@@ -217,7 +217,7 @@ class LearnerGroup:
     def record(
         self, path: Path, groups: list[ray.ObjectRef], rewards: NDArray[np.float64], by_scorer: dict[str, NDArray]
     ) -> None:
-        """Writes a step's groups as Parquet (rank 0, in the background of the next rollout)."""
+        """Writes the groups of the last update as Parquet (rank 0, in the background of the next rollout)."""
         self.ranks[0].record.remote(str(path), groups, rewards, by_scorer)
 
     def save(self, directory: Path, state: dict[str, Any]) -> None:

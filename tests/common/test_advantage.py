@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from golden_numbers import close, golden
 
-from common.advantage import group_advantages
+from common.advantage import decoupled_rewards, group_advantages
 
 CASES = (
     "two_groups",
@@ -115,3 +115,30 @@ def test_nobody_scored() -> None:
         assert not found.mask.any()
         assert (found.values == 0).all()
         assert (found.zero_variance_groups, found.unscored_chains) == (2, 6)
+
+
+def test_decoupled_rewards_are_each_normalised_within_their_group() -> None:
+    """GDPO by hand: z-scores over the chains that every reward judged, weighted, then divided by the batch's deviation;
+    a range of thousands counts no more than one of tenths, and a reward that is flat in a group adds nothing to it."""
+    rng = np.random.default_rng(0)
+    small, large = rng.random((3, 5)), 1e4 * rng.random((3, 5))
+    large[1] = 777.0
+    small[2, 4] = np.nan
+    total = small - 0.5 * large
+    found = decoupled_rewards(total, {"small": small, "large": large, "unused": large}, {"small": 1.0, "large": -0.5})
+
+    def z(row: np.ndarray) -> np.ndarray:
+        return (row - row.mean()) / (row.std() + 1e-4)
+
+    close(found[0], z(small[0]) - 0.5 * z(large[0]), atol=1e-12)
+    close(found[1], z(small[1]), atol=1e-12)
+    close(found[2, :4], z(small[2, :4]) - 0.5 * z(large[2, :4]), atol=1e-12)
+    assert np.isnan(found[2, 4])
+    contributing = found[np.isfinite(found)]
+    close(group_advantages(found, std="global").values[0], found[0] / (contributing.std() + 1e-4), atol=1e-9)
+
+
+def test_decoupling_one_reward_is_ordinary_grpo() -> None:
+    rewards = np.random.default_rng(1).random((4, 6))
+    found = group_advantages(decoupled_rewards(2 * rewards, {"a": rewards}, {"a": 2.0}), std="none")
+    close(found.values, 2 * group_advantages(rewards).values, atol=1e-12)

@@ -11,7 +11,7 @@ from common.config import TrainConfig
 from common.prompts import PromptOrder
 from common.recipe import validate
 from common.types import Prompt, RolloutRequest, RolloutStats
-from deploy.refill import flat_groups, refill
+from deploy.refill import flat_groups, refill, training_rewards
 from deploy.requests import training_requests
 from rewards.pool import Scored
 from rollout.batch import Batch
@@ -56,6 +56,20 @@ def test_flat_groups_are_those_of_equal_scores() -> None:
     nan = np.nan
     rewards = np.array([[0.1, 0.1, 0.1], [0.1, 0.2, 0.1], [nan, 0.3, 0.3], [nan, nan, nan], [nan, nan, 0.2]])
     assert flat_groups(rewards) == [0, 2, 4]
+
+
+def test_rewards_that_cancel_in_the_sum_are_no_flat_group_once_each_is_normalised() -> None:
+    rewards = [{"name": "a", "weight": 1.0}, {"name": "b", "weight": 0.5}, {"name": "seen", "weight": 0.0}]
+    first = np.array([[1.0, 2.0, 3.0, np.nan]])
+    scored = Scored(first * 0, {"a": first, "b": -2 * first**0 - 2 * first, "seen": first}, {}, 1, 0, 1.0)
+    summed, apart = (
+        training_rewards(validate({"rewards": rewards, "objective": {"reward_normalisation": how}}), scored)
+        for how in ("none", "group")
+    )
+    assert summed is scored.total and flat_groups(summed) == [0]
+    assert flat_groups(apart) == []
+    np.testing.assert_allclose(apart[0, :3], [-0.61, 0, 0.61], atol=0.01)
+    assert np.isnan(apart[0, 3])
 
 
 def test_off_by_default_and_nothing_to_do() -> None:
