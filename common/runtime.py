@@ -54,15 +54,6 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()).rstrip(".")
 
 
-def free_resources() -> str:
-    """What no actor holds, over the whole cluster, e.g. "1.2 CPU, 3 GPU"."""
-    import ray
-
-    free = ray.available_resources()
-    shown = {name: amount for name, amount in free.items() if not name.startswith(("node:", "memory", "object_store"))}
-    return ", ".join(f"{amount:g} {name}" for name, amount in sorted(shown.items())) or "nothing"
-
-
 def versions() -> dict[str, str]:
     """What a client and its cluster must have alike: the job's code is the client's, the environment the cluster's."""
     return {

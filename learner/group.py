@@ -14,12 +14,11 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from common.config import ConfigError, TrainConfig
 from common.events import event
-from common.runtime import free_port, free_resources, thread_env
+from common.placement import Placement
+from common.runtime import free_port, thread_env
 from common.timeline import Span
 from common.transport import Publication
 from common.transport.collective import CollectivePublication
@@ -45,13 +44,6 @@ def rendezvous() -> str:
     return f"{ray.util.get_node_ip_address()}:{free_port()}"
 
 
-def reserve(ranks: int, resources: dict[str, float]) -> PlacementGroup:
-    """Room for all ranks or none, on as few nodes as possible."""
-    # A bundle may not be empty, and an actor may ask for nothing.
-    bundle = {name: amount for name, amount in resources.items() if amount} or {"CPU": 0.001}
-    return placement_group([bundle] * ranks, strategy="PACK")
-
-
 class LearnerGroup:
     """Starts one actor per rank and calls them in step."""
 
@@ -64,12 +56,11 @@ class LearnerGroup:
     def _start(self, resume: Path | None) -> None:
         config, resources = self.config, self.config.learner
         self.tested = not config.self_test
-        self._room = reserve(resources.ranks, {"CPU": resources.cpus, "GPU": resources.gpus, **resources.custom})
+        self._room = Placement({"CPU": resources.cpus, "GPU": resources.gpus, **resources.custom}, resources.ranks)
         self._published: WeightManifest | None = None
         self._buffers: dict[int, ray.ObjectRef] = {}
         self._sending: list[ray.ObjectRef] = []
-        place = [PlacementGroupSchedulingStrategy(self._room, rank) for rank in range(resources.ranks)]
-        self._address = rendezvous.options(scheduling_strategy=place[0]).remote()
+        self._address = rendezvous.options(scheduling_strategy=self._room.slot()).remote()
         self.ranks: list[Any] = [
             ray.remote(LearnerRank)
             .options(
@@ -77,7 +68,7 @@ class LearnerGroup:
                 num_cpus=resources.cpus,
                 num_gpus=resources.gpus,
                 resources=resources.custom,
-                scheduling_strategy=place[rank],
+                scheduling_strategy=self._room.slot(rank),
                 runtime_env={"env_vars": thread_env(resources.cpus)},
             )
             .remote(config, rank, self._address, str(resume) if resume else None)
@@ -121,18 +112,17 @@ class LearnerGroup:
         self._start(resume)
 
     def wait_ready(self) -> int:
-        """Blocks until all ranks are built; the version they hold. ConfigError if rank 0's machine has no free port;
-        LearnerError after the deadline."""
+        """Blocks until all ranks are built; the version they hold. ConfigError if rank 0's machine has no free port,
+        or if the cluster has no room within the deadline; LostLearnerError if they are not built within another."""
         try:
             ray.get(self._address, timeout=self.config.learner.deadline_s)
         except RayTaskError as error:
             raise error.cause from error
         except GetTimeoutError as error:
-            ranks, each = self.config.learner.ranks, self._room.bundle_specs[0]
-            raise LearnerError(
-                f"the cluster made no room for {ranks} learner ranks of {each} within "
-                f"{self.config.learner.deadline_s:.0f} s (learner.deadline_s); it has free {free_resources()}"
-            ) from error
+            waited = f"{self.config.learner.deadline_s:.0f} s (learner.deadline_s)"
+            if not self._room.granted():
+                raise self._room.missing(f"{self.config.learner.ranks} learner ranks", waited) from error
+            raise LostLearnerError(f"rank 0's node started no process within {waited}") from error
         except RayError as error:
             raise LostLearnerError(f"rank 0's node was lost while the learner started: {error}") from error
         return int(self._all("ping")[0])
@@ -250,4 +240,4 @@ class LearnerGroup:
         """Ends every rank."""
         for rank in self.ranks:
             ray.kill(rank)
-        remove_placement_group(self._room)
+        self._room.give_back()

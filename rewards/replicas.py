@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +22,8 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayE
 from common import config
 from common.config import ConfigError
 from common.events import event
-from common.runtime import free_resources, thread_env
+from common.placement import Placement
+from common.runtime import thread_env
 from common.timeline import timed
 from common.types import Group, Rewards
 from rewards.actor import RewardActor
@@ -63,8 +65,10 @@ class Replicas:
         self._jobs: deque[_Job] = deque()
         self._changed = threading.Condition()
         self._closed = False
-        self._broken: RuntimeError | None = None
+        self._broken: Exception | None = None
         self._restarts = 0
+        resources = {"CPU": scorer.cpus, "GPU": scorer.gpus, **scorer.custom}
+        self._rooms = [Placement(resources, name=self._actor_name(index)) for index in range(scorer.replicas)]
         self._actors = [self._start(index) for index in range(scorer.replicas)]
         self._replicas = set(range(scorer.replicas))  # not given up
         self._live = set(self._replicas)  # up and serving
@@ -83,30 +87,34 @@ class Replicas:
             resources=self.scorer.custom,
             max_restarts=-1,
             max_task_retries=0,
+            scheduling_strategy=self._rooms[index].slot(),
             runtime_env={"env_vars": thread_env(self.scorer.cpus)},
         )
         return actor.remote(self.scorer.name, self.scorer.options)
 
     def wait(self) -> None:
-        """Blocks until every actor is up, then serves. ConfigError if the scorer cannot be built; RuntimeError if the
-        cluster does not start the actors in time."""
+        """Blocks until every actor is up, then serves. ConfigError if the scorer cannot be built or the cluster has no
+        room for its actors; RuntimeError if they are not built in time."""
         name = self.scorer.name
         try:
             self._starts: list[str] = ray.get([actor.ping.remote() for actor in self._actors], timeout=START_TIMEOUT_S)
         except GetTimeoutError as error:
-            raise RuntimeError(
-                f"reward {name}: {self.scorer.replicas} actors, each with {self.scorer.cpus} CPUs and "
-                f"{self.scorer.gpus} GPUs, did not start within {START_TIMEOUT_S:.0f} s; the cluster has free "
-                f"{free_resources()}; ask for less or enlarge it"
-            ) from error
+            problem = f"reward {name}: its actors were not built within {START_TIMEOUT_S:.0f} s"
+            raise self._roomless(self._replicas) or RuntimeError(problem) from error
         except RayActorError as error:
             raise ConfigError(f"reward {name} cannot be built: {_last(error)}") from error
         for thread in self._threads:
             thread.start()
 
+    def _roomless(self, indexes: Iterable[int]) -> ConfigError | None:
+        """What to say if any of these actors waits for room."""
+        waiting = [index for index in sorted(indexes) if not self._rooms[index].granted()]
+        names = ", ".join(map(self._actor_name, waiting))
+        return self._rooms[waiting[0]].missing(names, f"{START_TIMEOUT_S:.0f} s") if waiting else None
+
     def submit(self, group: ray.ObjectRef[Group]) -> Future[Outcome]:
         """Queues a group. The future fails with ObjectLostError if the group was lost with its node, and with
-        RuntimeError when no replica is left."""
+        RuntimeError when no replica is left, ConfigError if for want of room."""
         job = _Job(group)
         with self._changed:
             if self._broken is not None:
@@ -128,8 +136,9 @@ class Replicas:
                 job.future.cancel()
             self._jobs.clear()
             self._changed.notify_all()
-        for actor in self._actors:
+        for actor, room in zip(self._actors, self._rooms, strict=True):
             ray.kill(actor)
+            room.give_back()
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join(_PING_S)
@@ -219,7 +228,7 @@ class Replicas:
     def _rejoin(self, index: int) -> None:
         """Waits for Ray to restart the actor, which serves again; a replica that does not come back is given up."""
         give_up = time.monotonic() + START_TIMEOUT_S
-        problem = f"not restarted within {START_TIMEOUT_S:.0f} s"
+        problem: ConfigError | str
         while time.monotonic() < give_up:
             try:
                 self._starts[index] = ray.get(self._actors[index].ping.remote(), timeout=_PING_S)
@@ -236,9 +245,11 @@ class Replicas:
             with self._changed:
                 if self._closed or self._changed.wait_for(lambda: self._closed, _POLL_S):
                     return
+        else:
+            problem = self._roomless([index]) or f"not restarted within {START_TIMEOUT_S:.0f} s"
         self._give_up(index, problem)
 
-    def _give_up(self, index: int, problem: str) -> None:
+    def _give_up(self, index: int, problem: ConfigError | str) -> None:
         log.error("%s is given up: %s", self._actor_name(index), problem)
         with self._changed:
             self._replicas.discard(index)
@@ -246,7 +257,8 @@ class Replicas:
             self._changed.notify_all()
             if self._replicas:
                 return
-            self._broken = RuntimeError(f"reward {self.scorer.name} has no actor left; the last one: {problem}")
+            lost = RuntimeError(f"reward {self.scorer.name} has no actor left; the last one: {problem}")
+            self._broken = problem if isinstance(problem, ConfigError) else lost
             for job in self._jobs:
                 job.future.set_exception(self._broken)
             self._jobs.clear()

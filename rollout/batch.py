@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,9 +35,11 @@ class Work:
 @dataclass(eq=False)
 class Batch:
     """Filled as replicas finish. groups: a reference per request, None while it is being made; versions: the weight
-    version of each; arrived: positions of groups that `arrivals` has not yielded yet."""
+    version of each; arrived: positions of groups that `arrivals` has not yielded yet; stalled: says why none comes, if
+    its maker knows."""
 
     requests: list[RolloutRequest]
+    stalled: Callable[[], Exception | None] = lambda: None
     groups: list[ray.ObjectRef | None] = field(init=False)
     versions: list[int] = field(init=False)
     stats: list[RolloutStats] = field(default_factory=list)
@@ -92,13 +94,16 @@ class Batch:
             self.changed.notify_all()
 
     def arrivals(self, deadline_s: float) -> Iterator[tuple[int, Any]]:
-        """Yields (position, group reference) as groups become ready; RolloutError if the work failed or stalls."""
+        """Yields (position, group reference) as groups become ready; RolloutError if the work failed or stalls; what
+        `stalled` says, where it knows better."""
         for _ in self.groups:
             with self.changed:
                 while not self.arrived:
                     if self.error:
                         raise RolloutError(str(self.error)) from self.error
                     if not self.changed.wait(deadline_s):
+                        if reason := self.stalled():
+                            raise reason
                         missing = sum(ref is None for ref in self.groups)
                         raise RolloutError(
                             f"no replica finished a group for {deadline_s:.0f} s (rollout.deadline_s); "

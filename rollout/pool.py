@@ -16,9 +16,8 @@ from collections import deque
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
-from common.config import TrainConfig
+from common.config import ConfigError, TrainConfig
 from common.events import event
-from common.runtime import free_resources
 from common.timeline import span
 from common.transport import Publication, TransportError
 from common.types import RolloutRequest
@@ -58,21 +57,30 @@ class RolloutPool:
         self._thread.start()
 
     def wait_ready(self) -> None:
-        """Blocks until the fewest replicas are built. RolloutError after the deadline, naming what it waited for."""
+        """Blocks until the fewest replicas are built. After the deadline ConfigError if the cluster has no room for
+        them, RolloutError if they are still being built."""
         wait_s, enough = self.config.rollout.deadline_s, min(self.fewest, self.config.replica_bounds[0])
         with self._changed:
             if self._changed.wait_for(lambda: self._broken or self.serving >= enough, wait_s):
                 if self._broken:
                     raise self._broken
                 return
-            late = [replica for replica in self.replicas if not replica.serving]
-        waiting = "; ".join(
-            f"{r.name} is being built" if r.has_room() else f"{r.name} waits for room for {r.asked}" for r in late
-        )
+            late = ", ".join(replica.name for replica in self.replicas if not replica.serving)
+        if roomless := self._roomless():
+            raise roomless
         raise RolloutError(
-            f"{self.serving} of {enough} rollout replicas were ready after {wait_s:.0f} s "
-            f"(rollout.deadline_s): {waiting}; the cluster has free {free_resources()}"
+            f"{self.serving} of {enough} rollout replicas were ready after {wait_s:.0f} s (rollout.deadline_s); "
+            f"{late}: still being built"
         )
+
+    def _roomless(self) -> ConfigError | None:
+        """What to say if replicas wait for room."""
+        with self._changed:
+            waiting = [replica for replica in self.replicas if not replica.serving and not replica.has_room()]
+        if not waiting:
+            return None
+        names = ", ".join(replica.name for replica in waiting)
+        return waiting[0].room.missing(names, f"{self.config.rollout.deadline_s:.0f} s (rollout.deadline_s)")
 
     @property
     def serving(self) -> int:
@@ -139,9 +147,13 @@ class RolloutPool:
 
     def submit(self, requests: list[RolloutRequest]) -> Batch:
         """Queues groups; returns at once."""
-        batch = Batch(requests)
+        batch = Batch(requests, self._stalled)
         self._enqueue(batch, list(range(len(requests))))
         return batch
+
+    def _stalled(self) -> Exception | None:
+        """Why no group comes, if it is for want of room."""
+        return None if self.serving else self._roomless()
 
     def redo(self, batch: Batch) -> None:
         """Queues again what of a batch has been lost with the node that held it."""
@@ -324,7 +336,7 @@ class RolloutPool:
     def _overdue(self, replica: Replica, call: Call) -> None:
         waited = time.monotonic() - call.started
         if call.kind == "build" and not replica.has_room():
-            log.warning("%s waits for room for %s since %.0f s", replica.name, replica.asked, waited)
+            log.warning("%s waits for room for %s since %.0f s", replica.name, replica.room.each, waited)
             call.deadline = time.monotonic() + self.config.rollout.deadline_s
             return
         log.warning("%s did not finish %s within %.0f s; restarting it", replica.name, call.kind, waited)

@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import ray
-from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from common.config import TrainConfig
+from common.placement import Placement
 from common.runtime import thread_env
 from common.transport import Publication
 from rollout.actor import RolloutReplica
@@ -34,18 +33,13 @@ class Call:
 
 
 class Replica:
-    """Ray restarts the actor after a death, on another node if it must, since it also moves the placement group. A
-    placement group that finds no room is what Ray's autoscaler adds nodes for."""
+    """Ray restarts the actor after a death, on another node if it must, since it also moves the placement group."""
 
     def __init__(self, config: TrainConfig, index: int, arrived: Callable[[Replica, Call], None]) -> None:
         """arrived is called, from a thread of Ray's, when a call ends."""
         self.name = f"rollout-{index}"
         self.deadline_s = config.rollout.deadline_s
         self._arrived = arrived
-        resources = config.rollout
-        asked = {"CPU": resources.cpus, "GPU": resources.gpus * resources.tensor_parallel, **resources.custom}
-        # A bundle may not be empty, and an actor may ask for nothing.
-        self.asked = {name: amount for name, amount in asked.items() if amount} or {"CPU": 0.001}
         self.handle = self.start(config)
         self.call: Call | None = None
         self.holds: Publication | None = None
@@ -57,14 +51,15 @@ class Replica:
     def start(self, config: TrainConfig) -> Any:
         """The actor, in its room."""
         resources, name = config.rollout, f"{config.run_name}-{self.name}"
-        self.room = placement_group([self.asked], name=name)
+        gpus = resources.gpus * resources.tensor_parallel
+        self.room = Placement({"CPU": resources.cpus, "GPU": gpus, **resources.custom}, name=name)
         actor = ray.remote(RolloutReplica).options(
             name=name,
             num_cpus=resources.cpus,
-            num_gpus=resources.gpus * resources.tensor_parallel,
+            num_gpus=gpus,
             resources=resources.custom,
             max_restarts=-1,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(self.room, 0),
+            scheduling_strategy=self.room.slot(),
             runtime_env={"env_vars": thread_env(resources.cpus)},
         )
         return actor.remote(config)
@@ -91,7 +86,7 @@ class Replica:
 
     def has_room(self) -> bool:
         """Whether the cluster has granted the placement group."""
-        return placement_group_table(self.room)["state"] == "CREATED"
+        return self.room.granted()
 
     def restart(self) -> None:
         """Ends the process, hung or not; Ray starts another."""
@@ -100,4 +95,4 @@ class Replica:
     def end(self) -> None:
         """Ends the actor for good and gives its room back."""
         ray.kill(self.handle)
-        remove_placement_group(self.room)
+        self.room.give_back()

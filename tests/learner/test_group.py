@@ -17,7 +17,7 @@ from golden_numbers import CHECKPOINT
 from safetensors.torch import load_file
 
 from common.bagel.checkpoint import Checkpoint
-from common.config import TrainConfig
+from common.config import ConfigError, TrainConfig
 from common.recipe import load_config
 from common.types import Group, Prompt
 from learner import checkpoint as run_checkpoint
@@ -114,7 +114,7 @@ def test_what_the_ranks_waited_for_is_said(local_ray: None, config: TrainConfig)
     learner = config.learner.model_copy(update={"custom": {"nowhere": 1.0}, "deadline_s": 1.0})
     group = LearnerGroup(config.model_copy(update={"run_name": "roomless", "learner": learner}))
     try:
-        with pytest.raises(LearnerError, match=r"no room for 2 learner ranks of .*nowhere.* 1 s .*has free .*CPU"):
+        with pytest.raises(ConfigError, match=r"no room: 2 learner ranks, .*1 nowhere each, waited 1 s .*has .*2 CPU"):
             group.wait_ready()
     finally:
         group.close()

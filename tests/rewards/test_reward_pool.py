@@ -150,6 +150,19 @@ def test_a_reward_without_actors_ends_the_run(start: Start, tmp_path: Path) -> N
         pool.start(_flat(0), G)
 
 
+def test_actors_without_room_are_named(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rewards.replicas.START_TIMEOUT_S", 1.0)
+    roomless = rf"no room: reward-{FAULTY}-0, {{}} CPU each, waited 1 s\. The cluster has 2 CPU.* add nodes"
+    with pytest.raises(ConfigError, match=roomless.format(64)):
+        start({"name": FAULTY, "cpus": 64})
+    monkeypatch.undo()
+    pool = start({"name": FAULTY})
+    monkeypatch.setattr("rewards.replicas.START_TIMEOUT_S", 1.0)
+    pool._replicas[0]._rooms[0].give_back()
+    with pytest.raises(ConfigError, match=roomless.format(0.1)):
+        pool.score([_flat(0)], [G])
+
+
 def test_sizes_must_be_right(start: Start) -> None:
     pool = start({"name": FIRST_BYTE})
     with pytest.raises(ValueError, match="correct size"):

@@ -15,7 +15,7 @@ import ray
 from published import publish
 
 from common.bagel import checkpoint as store
-from common.config import TrainConfig, resolve_path
+from common.config import ConfigError, TrainConfig, resolve_path
 from common.prompts import PromptOrder, read_prompts
 from common.recipe import load_config
 from common.transport.object_store import ObjectStorePublication
@@ -166,8 +166,12 @@ def test_what_the_pool_waited_for_is_said(local_ray: None) -> None:
     config = load_config("shapes", ["run_name=roomless", "rollout.replicas=1", "rollout.cpus=64"])
     pool = RolloutPool(config.model_copy(update={"rollout": config.rollout.model_copy(update={"deadline_s": 1.0})}))
     try:
-        with pytest.raises(RolloutError, match=r"0 of 1 .* 1 s \(rollout.deadline_s\): rollout-0 waits for room .*64"):
+        roomless = r"no room: rollout-0, 64 CPU each, waited 1 s \(rollout.deadline_s\).* 2 CPU.* lower the cpus"
+        with pytest.raises(ConfigError, match=roomless):
             pool.wait_ready()
+        batch = submit(pool, config)
+        with pytest.raises(ConfigError, match=roomless):
+            next(batch.arrivals(0.1))
     finally:
         pool.close()
 

@@ -1,0 +1,50 @@
+"""Where actors go: a placement group, which Ray's autoscaler adds nodes for, and what to say when there is no room."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import ray
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from common.config import ConfigError
+
+
+class Placement:
+    """Room for `count` actors that are each given the same: for all of them or none, on as few nodes as possible. Ray
+    moves it when a node is lost."""
+
+    def __init__(self, resources: Mapping[str, float], count: int = 1, name: str = "") -> None:
+        # A bundle may not be empty, and an actor may ask for nothing.
+        self.each = {kind: amount for kind, amount in resources.items() if amount} or {"CPU": 0.001}
+        self._group = placement_group([self.each] * count, strategy="PACK", name=name)
+
+    def slot(self, index: int = 0) -> PlacementGroupSchedulingStrategy:
+        """The scheduling strategy of one of the actors."""
+        return PlacementGroupSchedulingStrategy(self._group, index)
+
+    def granted(self) -> bool:
+        """Whether the cluster has made the room."""
+        return placement_group_table(self._group)["state"] == "CREATED"
+
+    def give_back(self) -> None:
+        """Ends whatever still runs there."""
+        remove_placement_group(self._group)
+
+    def missing(self, actors: str, waited: str) -> ConfigError:
+        """What to tell people after a deadline. actors: e.g. "rollout-0 and rollout-1"; waited: how long, and the
+        setting that says so."""
+        return ConfigError(
+            f"the cluster has no room: {actors}, {_amounts(self.each)} each, waited {waited}. The cluster has "
+            f"{_amounts(ray.cluster_resources())}, of which {_amounts(ray.available_resources())} are free and perhaps "
+            "on several nodes. End what holds the rest (`ray status`), lower the cpus, gpus, custom or number of these "
+            "actors, or add nodes"
+        )
+
+
+def _amounts(resources: Mapping[str, float]) -> str:
+    """E.g. "1.2 CPU, 3 GPU", less what every node has."""
+    shown = {kind: n for kind, n in resources.items() if n and not kind.startswith(("node:", "memory", "object_store"))}
+    # A placement group's own share is listed a second time under its name.
+    return ", ".join(f"{n:g} {kind}" for kind, n in sorted(shown.items()) if "_group_" not in kind) or "nothing"
