@@ -7,7 +7,9 @@ import json
 import os
 import shlex
 import sys
+import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -73,8 +75,11 @@ def submit(client: JobSubmissionClient, working_dir: Path, command: list[str]) -
 
 def follow(client: JobSubmissionClient, job: str, stop_on_interrupt: bool) -> int:
     """Prints the job's log until it ends; its exit code. Ctrl-C leaves the job alone (130) unless it is to stop it."""
+    # In a thread of its own: a log that does not come, or a connection that does not close, cannot hold an interrupt back.
+    shown: Future[None] = Future()
+    threading.Thread(target=_show_log, args=(client, job, shown), daemon=True).start()
     try:
-        asyncio.run(_print_log(client, job))
+        shown.result()
     except KeyboardInterrupt:
         if not stop_on_interrupt:
             print(f"\n{job} goes on: `unigrpo submit --follow {job}` shows it again, --stop {job} ends it", flush=True)
@@ -92,6 +97,13 @@ def stop(client: JobSubmissionClient, job: str) -> JobStatus:
     except RuntimeError as error:
         raise ConfigError(f"{job} cannot be stopped ({one_line(error)})") from error
     return _ended(client, job).status
+
+
+def _show_log(client: JobSubmissionClient, job: str, shown: Future[None]) -> None:
+    try:
+        shown.set_result(asyncio.run(_print_log(client, job)))
+    except BaseException as error:
+        shown.set_exception(error)
 
 
 async def _print_log(client: JobSubmissionClient, job: str) -> None:
