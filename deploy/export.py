@@ -69,7 +69,7 @@ def _write_bagel(source: Path, out: Path, dtype: str | None) -> None:
 
     from common.bagel import checkpoint as store
     from common.bagel.tensors import TensorFiles, write_tensors
-    from common.bagel.vae import build_vae, to_diffusers
+    from common.bagel.vae import load_vae
     from rollout.reasoner_dir import understanding_weights, write_reasoner_dir
 
     config = store.check(source)
@@ -91,7 +91,4 @@ def _write_bagel(source: Path, out: Path, dtype: str | None) -> None:
         ):
             shutil.copy(file, out / "reasoner")
 
-    levels = len(config.vae_config.ch_mult)
-    vae = build_vae(config.vae_config)
-    vae.load_state_dict(to_diffusers(load_file(source / store.AUTOENCODER), levels))
-    vae.save_pretrained(out / "vae")
+    load_vae(config.vae_config, load_file(source / store.AUTOENCODER)).save_pretrained(out / "vae")

@@ -19,7 +19,7 @@ from common.bagel import checkpoint as store
 from common.bagel.config import BagelConfig, VAEConfig
 from common.bagel.policy import BagelPolicy
 from common.bagel.text import SPECIAL_TOKENS, ChatTokenizer
-from common.bagel.vae import build_vae, from_uint8
+from common.bagel.vae import build_vae, from_diffusers, from_uint8
 
 log = logging.getLogger(__name__)
 
@@ -80,4 +80,5 @@ def create(
     chat = ChatTokenizer(tokenizer, *(number for number in specials.values() if number is not None))
     policy = BagelPolicy(config, (chat.vision_start, chat.vision_end))
     policy.init_weights(seed)
-    store.save(store.Checkpoint(policy, vae, chat, config), out)
+    numbers = from_diffusers(vae.state_dict(), len(fitted.ch_mult))
+    store.save(store.Checkpoint(policy, numbers, chat, config), out)

@@ -40,6 +40,10 @@ class Denoiser:
         self.opened, self.policy = opened, opened.policy
         self.grid = opened.grid(height, width)
         self.shift, self.noise_level, self.sampler = shift, noise_level, flow.SAMPLERS[sampler]
+        # What decoding needs is read and imported here, not in the middle of the first chains.
+        opened.decode(
+            torch.zeros(1, self.grid[0] * self.grid[1], opened.token_dim, device=self.policy.device), self.grid
+        )
 
     @torch.no_grad()
     def draw(

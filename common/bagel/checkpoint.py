@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from common.bagel.decoder import Context
 from common.bagel.policy import BagelPolicy, PackedBatch, pack_batch
 from common.bagel.tensors import SHARD_BYTES, TensorFiles, write_tensors
 from common.bagel.text import ChatTokenizer
-from common.bagel.vae import build_vae, from_diffusers, to_diffusers
+from common.bagel.vae import load_vae, vae_shapes
 from common.config import Cfg
 from common.policy import Guidance, OpenPolicy
 
@@ -32,15 +33,21 @@ HEAD, EMBEDDING = "language_model.lm_head.weight", "language_model.model.embed_t
 
 @dataclass(frozen=True)
 class Checkpoint(OpenPolicy):
-    """Everything a directory holds: the policy, the frozen autoencoder, the tokenizer, and what is only passed on:
-    tensors that the policy does not use (memory-mapped, so in no memory until they are saved) and small files."""
+    """Everything a directory holds: the policy, the tensors of the autoencoder (memory-mapped, under ae.safetensors'
+    names), the tokenizer, and what is only passed on: tensors that the policy does not use (memory-mapped too, so in no
+    memory until they are saved) and small files."""
 
     policy: BagelPolicy
-    vae: AutoencoderKL
+    autoencoder: Mapping[str, Tensor]
     chat: ChatTokenizer
     config: BagelConfig
     carried: Mapping[str, Tensor] = field(default_factory=dict)
     extras: Mapping[str, bytes] = field(default_factory=dict)
+
+    @cached_property
+    def vae(self) -> AutoencoderKL:
+        """The frozen autoencoder, in fp32 beside the policy; built when first asked for, as learners seldom do."""
+        return load_vae(self.config.vae_config, self.autoencoder, self.policy.device)
 
     @property
     def token_dim(self) -> int:
@@ -135,9 +142,7 @@ def _checked_files(directory: Path, config: BagelConfig) -> tuple[TensorFiles, T
         del wanted[HEAD]
     weights.check(wanted)
     autoencoder = TensorFiles.find(directory, AUTOENCODER)
-    with torch.device("meta"):
-        vae = build_vae(config.vae_config).state_dict()
-    autoencoder.check({k: tuple(v.shape) for k, v in from_diffusers(vae, len(config.vae_config.ch_mult)).items()})
+    autoencoder.check(vae_shapes(config.vae_config))
     return weights, autoencoder
 
 
@@ -169,13 +174,9 @@ def load(
     if config.llm_config.tie_word_embeddings:
         # Assigning tensors by name has made two parameters of one.
         policy.language_model.lm_head.weight = policy.language_model.model.embed_tokens.weight
-    with torch.device("meta"):
-        vae = build_vae(config.vae_config)
-    renamed = to_diffusers(dict(autoencoder.read(autoencoder.files)), len(config.vae_config.ch_mult))
-    vae.load_state_dict({k: v.to(device, torch.float32, copy=True) for k, v in renamed.items()}, assign=True)
-    vae.requires_grad_(False).eval()
     carried = dict(weights.read(weights.shapes.keys() - set(own)))
-    return Checkpoint(policy, vae, chat, config, carried, _extras(directory))
+    numbers = dict(autoencoder.read(autoencoder.files))
+    return Checkpoint(policy, numbers, chat, config, carried, _extras(directory))
 
 
 def _extras(directory: Path) -> dict[str, bytes]:
@@ -201,8 +202,7 @@ def save(
     if checkpoint.config.llm_config.tie_word_embeddings:
         tensors.pop(HEAD, None)
     write_tensors(tensors, aside / WEIGHTS, shard_bytes)
-    levels = len(checkpoint.config.vae_config.ch_mult)
-    write_tensors(from_diffusers(checkpoint.vae.state_dict(), levels), aside / AUTOENCODER, shard_bytes)
+    write_tensors(checkpoint.autoencoder, aside / AUTOENCODER, shard_bytes)
     for name, content in checkpoint.extras.items():
         (aside / name).write_bytes(content)
     if not checkpoint.extras:

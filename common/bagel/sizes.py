@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from common.bagel.config import BagelConfig
 from common.bagel.flops import draw_flops, read_flops
 from common.bagel.policy import BagelPolicy
-from common.bagel.vae import build_vae
+from common.bagel.vae import vae_shapes
 from common.sizes import ChainShape
 
 
@@ -33,13 +34,13 @@ class BagelSizes:
         """CheckpointError naming file and field where the configuration cannot be used."""
         config = BagelConfig.read(directory)
         with torch.device("meta"):
-            policy, vae = BagelPolicy(config, (0, 0)), build_vae(config.vae_config)
+            policy = BagelPolicy(config, (0, 0))
         trainable = {role: sum(p.numel() for _, p in pairs) for role, pairs in policy.parameter_groups().items()}
         return cls(
             config,
             trainable,
             sum(p.numel() for p in policy.parameters()),
-            sum(p.numel() for p in vae.parameters()),
+            sum(math.prod(shape) for shape in vae_shapes(config.vae_config).values()),
         )
 
     @property

@@ -8,6 +8,7 @@ and linear layers in diffusers.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,6 +43,63 @@ def build_vae(config: VAEConfig) -> AutoencoderKL:
     )
 
 
+def load_vae(config: VAEConfig, weights: Mapping[str, Tensor], device: torch.device | str = "cpu") -> AutoencoderKL:
+    """The frozen autoencoder with these numbers (ae.safetensors' names), copied to the device in fp32."""
+    with torch.device("meta"):
+        vae = build_vae(config)
+    renamed = to_diffusers(weights, len(config.ch_mult))
+    vae.load_state_dict({k: v.to(device, torch.float32, copy=True) for k, v in renamed.items()}, assign=True)
+    return vae.requires_grad_(False).eval()
+
+
+def vae_shapes(config: VAEConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes in ae.safetensors, known without importing diffusers, which takes seconds."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def layer(name: str, out: int, *inward: int) -> None:
+        shapes.update({f"{name}.weight": (out, *inward), f"{name}.bias": (out,)})
+
+    def block(name: str, channels: int, out: int) -> int:
+        layer(f"{name}.norm1", channels)
+        layer(f"{name}.conv1", out, channels, 3, 3)
+        layer(f"{name}.norm2", out)
+        layer(f"{name}.conv2", out, out, 3, 3)
+        if channels != out:
+            layer(f"{name}.nin_shortcut", out, channels, 1, 1)
+        return out
+
+    def middle(half: str, channels: int) -> None:
+        for number in (1, 2):
+            block(f"{half}.mid.block_{number}", channels, channels)
+        layer(f"{half}.mid.attn_1.norm", channels)
+        for part in ("q", "k", "v", "proj_out"):
+            layer(f"{half}.mid.attn_1.{part}", channels, channels, 1, 1)
+
+    widths = [config.ch * multiple for multiple in config.ch_mult]
+    last = len(widths) - 1
+    channels = widths[0]
+    layer("encoder.conv_in", channels, config.in_channels, 3, 3)
+    for level, width in enumerate(widths):
+        for number in range(config.num_res_blocks):
+            channels = block(f"encoder.down.{level}.block.{number}", channels, width)
+        if level < last:
+            layer(f"encoder.down.{level}.downsample.conv", width, width, 3, 3)
+    middle("encoder", channels)
+    layer("encoder.norm_out", channels)
+    layer("encoder.conv_out", 2 * config.z_channels, channels, 3, 3)
+
+    layer("decoder.conv_in", channels, config.z_channels, 3, 3)
+    middle("decoder", channels)
+    for level, width in reversed(list(enumerate(widths))):
+        for number in range(config.num_res_blocks + 1):
+            channels = block(f"decoder.up.{level}.block.{number}", channels, width)
+        if level > 0:
+            layer(f"decoder.up.{level}.upsample.conv", width, width, 3, 3)
+    layer("decoder.norm_out", channels)
+    layer("decoder.conv_out", config.out_ch, channels, 3, 3)
+    return shapes
+
+
 def _rules(levels: int) -> list[tuple[str, str]]:
     """(file, diffusers) name templates with {0}, {1}, ... for the numbers."""
     rules = []
@@ -74,7 +132,7 @@ def _rename(name: str, rules: list[tuple[str, str]]) -> str:
     return name
 
 
-def to_diffusers(weights: dict[str, Tensor], levels: int) -> dict[str, Tensor]:
+def to_diffusers(weights: Mapping[str, Tensor], levels: int) -> dict[str, Tensor]:
     """ae.safetensors' names -> AutoencoderKL's."""
     out = {}
     for name, tensor in weights.items():
@@ -84,7 +142,7 @@ def to_diffusers(weights: dict[str, Tensor], levels: int) -> dict[str, Tensor]:
     return out
 
 
-def from_diffusers(weights: dict[str, Tensor], levels: int) -> dict[str, Tensor]:
+def from_diffusers(weights: Mapping[str, Tensor], levels: int) -> dict[str, Tensor]:
     """AutoencoderKL's names -> ae.safetensors'."""
     back = [(target, source) for source, target in _rules(levels)]
     out = {}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from common.bagel import checkpoint as store
 from common.bagel.checkpoint import AUTOENCODER, WEIGHTS, Checkpoint
-from common.bagel.config import CheckpointError
+from common.bagel.config import CheckpointError, VAEConfig
+from common.bagel.vae import build_vae, from_diffusers, vae_shapes
 
 LM_HEAD = "language_model.lm_head.weight"
 
@@ -36,6 +39,29 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     data = json.loads(path.read_text())
     change(data)
     path.write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        VAEConfig(),
+        VAEConfig(z_channels=4, ch=32, ch_mult=(1, 1, 1), num_res_blocks=1),
+        VAEConfig(in_channels=1, out_ch=2, ch=32, ch_mult=(2, 1, 3), num_res_blocks=3),
+    ],
+)
+def test_shapes_of_the_autoencoder_are_those_of_diffusers(geometry: VAEConfig) -> None:
+    with torch.device("meta"):
+        built = from_diffusers(build_vae(geometry).state_dict(), len(geometry.ch_mult))
+    assert vae_shapes(geometry) == {name: tuple(tensor.shape) for name, tensor in built.items()}
+
+
+def test_who_does_not_decode_does_not_import_diffusers() -> None:
+    """It takes seconds of every start: of the driver's, and of every learner rank's."""
+    program = (
+        "import sys, pathlib, common.bagel.checkpoint as store; path = pathlib.Path(sys.argv[1]); store.check(path);"
+        "store.load(path); assert 'diffusers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program, str(CHECKPOINT)], check=True, timeout=120)
 
 
 @pytest.mark.parametrize("understanding", [False, True])
