@@ -18,7 +18,7 @@ from common.scratch import scratch
 from common.transport import receiver
 from common.types import Chain, Group, ImageSegment, RolloutRequest, RolloutStats, TextSegment, WeightManifest
 from common.weights import held_bucket, unpack
-from rollout.denoiser import Denoiser, Drawing
+from rollout.denoiser import Denoiser
 from rollout.reasoner import Completion, Reasoner, write_reasoner_dir
 
 PROBE_LENGTH = 16
@@ -140,17 +140,18 @@ class RolloutReplica:
         began, started = time.time(), time.monotonic()
         completions = self._reason([ids for ids, _, _ in flat], [seed for _, seed, _ in flat])
         reasoned = time.monotonic()
-        drawings = self.denoiser.draw(
+        images = self.denoiser.draw(
             [chat.context_ids(ids, c.ids) for (ids, _, _), c in zip(flat, completions, strict=True)],
             [seed for _, seed, _ in flat],
             [request.window for _, _, request in flat],
             requests[0].points,
             self._guidance([request for _, _, request in flat]),
-            starts=[request.start for _, _, request in flat],
+            [request.start for _, _, request in flat],
+            version,
         )
         chains = [
-            self._chain(ids, completion, drawing, seed, version)
-            for (ids, seed, _), completion, drawing in zip(flat, completions, drawings, strict=True)
+            self._chain(ids, completion, image, seed)
+            for (ids, seed, _), completion, image in zip(flat, completions, images, strict=True)
         ]
         groups, start = [], 0
         for request in requests:
@@ -173,23 +174,13 @@ class RolloutReplica:
         sampling = self.config.sampling
         return self.reasoner.generate(prompts, seeds, max_tokens=sampling.max_tokens, temperature=sampling.temperature)
 
-    def _chain(self, prompt: list[int], completion: Completion, drawing: Drawing, seed: int, version: int) -> Chain:
+    def _chain(self, prompt: list[int], completion: Completion, image: ImageSegment, seed: int) -> Chain:
         text = TextSegment(
             np.array(prompt, np.int64),
             np.array(completion.ids, np.int64),
             np.array(completion.logprobs, np.float32),
             completion.finished,
             self.checkpoint.chat.decode(completion.ids),
-            version,
-        )
-        image = ImageSegment(
-            drawing.x_t,
-            drawing.x_next,
-            drawing.v_old,
-            drawing.t,
-            drawing.t_next,
-            drawing.pixels,
-            self.denoiser.grid,
-            version,
+            image.version,
         )
         return Chain((text, image), seed)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -11,18 +9,7 @@ from torch import Tensor
 
 from common import flow
 from common.policy import Guidance, OpenPolicy
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """One image and its window: x_t, x_next, v_old [K, N, D] fp32, t and t_next [K] fp32, pixels [H, W, 3] uint8."""
-
-    x_t: NDArray[np.float32]
-    x_next: NDArray[np.float32]
-    v_old: NDArray[np.float32]
-    t: NDArray[np.float32]
-    t_next: NDArray[np.float32]
-    pixels: NDArray[np.uint8]
+from common.types import ImageSegment
 
 
 class Denoiser:
@@ -54,9 +41,10 @@ class Denoiser:
         points: int,
         guidance: Guidance | None = None,
         starts: list[int | None] | None = None,
-    ) -> list[Drawing]:
+        version: int = 0,
+    ) -> list[ImageSegment]:
         """One image per context. seeds: the chain's own noise; windows: (first step, steps) of SDE or None; starts:
-        seed of the initial noise where it is not the chain's own."""
+        seed of the initial noise where it is not the chain's own; version: of the weights."""
         device, count = self.policy.device, len(contexts)
         size = max((window[1] for window in windows if window), default=0)
         noise = self._noise(seeds, size).to(device)
@@ -84,18 +72,23 @@ class Denoiser:
             x = x_next
         pixels = self.opened.decode(x, self.grid).cpu().numpy()
         schedule = times.float().cpu().numpy()
-        return [self._drawing(kept[:, i].cpu(), windows[i], schedule, pixels[i]) for i in range(count)]
+        return [self._segment(kept[:, i].cpu(), windows[i], schedule, pixels[i], version) for i in range(count)]
 
     def _noise(self, seeds: list[int], size: int) -> Tensor:
         """[M, 1 + size, N, D]: the start and one draw per window step, from each chain's own generator."""
         shape = (1 + size, self.grid[0] * self.grid[1], self.opened.token_dim)
         return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
-    @staticmethod
-    def _drawing(
-        kept: Tensor, window: tuple[int, int] | None, times: NDArray[np.float32], pixels: NDArray[np.uint8]
-    ) -> Drawing:
+    def _segment(
+        self,
+        kept: Tensor,
+        window: tuple[int, int] | None,
+        times: NDArray[np.float32],
+        pixels: NDArray[np.uint8],
+        version: int,
+    ) -> ImageSegment:
         first, length = window or (0, 0)
         x_t, x_next, v = (part[:length].numpy().copy() for part in kept)
         span = slice(first, first + length)
-        return Drawing(x_t, x_next, v, times[:-1][span].copy(), times[1:][span].copy(), pixels)
+        t, t_next = times[:-1][span].copy(), times[1:][span].copy()
+        return ImageSegment(x_t, x_next, v, t, t_next, pixels, self.grid, version)

@@ -10,7 +10,7 @@ from common.bagel.policy import BagelPolicy
 from common.config import TrainConfig
 from common.policy import Guidance
 from common.recipe import validate
-from common.types import Chain, ImageSegment, TextSegment
+from common.types import Chain, TextSegment
 from learner.engine import Engine
 from learner.update import MicroBatch, lay_out
 from rollout.denoiser import Denoiser
@@ -35,11 +35,11 @@ def make_chains(
     prompts = [[chat.start, *rng.integers(0, vocabulary, n).tolist()] for n in rng.integers(2, 9, count)]
     answers = [[*rng.integers(0, vocabulary, n).tolist(), chat.end] for n in rng.integers(2, 12, count)]
     texts = [chat.context_ids(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
-    drawings = denoiser.draw(texts, list(range(count)), [(i % 3, WINDOW) for i in range(count)], POINTS, guidance)
+    images = denoiser.draw(texts, list(range(count)), [(i % 3, WINDOW) for i in range(count)], POINTS, guidance)
     with torch.no_grad():
         logprobs = checkpoint.policy.token_logprobs(texts)
     chains = []
-    for i, drawing in enumerate(drawings):
+    for i, image in enumerate(images):
         first = len(prompts[i]) - 1
         text = TextSegment(
             np.array(prompts[i]),
@@ -48,9 +48,6 @@ def make_chains(
             True,
             "",
             0,
-        )
-        image = ImageSegment(
-            drawing.x_t, drawing.x_next, drawing.v_old, drawing.t, drawing.t_next, drawing.pixels, denoiser.grid, 0
         )
         chains.append(Chain((text, image), i))
     return chains

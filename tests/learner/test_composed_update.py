@@ -12,7 +12,7 @@ from chains import SHIFT, changed, make_engine, micro_batch, snapshot, train_con
 from common import lora
 from common.config import Lora, Model
 from common.policy import OpenPolicy, open_policy
-from common.types import Chain, ImageSegment, TextSegment
+from common.types import Chain, TextSegment
 from learner.update import Updater
 from rollout.denoiser import Denoiser
 
@@ -26,18 +26,18 @@ def make_chains(opened: OpenPolicy) -> list[Chain]:
     rng, chat, denoiser = np.random.default_rng(0), opened.chat, Denoiser(opened, 32, 32, SHIFT, 0.7)
     prompts = [chat.prompt_ids(text) for text in ("a ring", "two rings", "a ring beside a cross")]
     answers = [[*rng.integers(0, 256, n).tolist(), 259, *rng.integers(64, 90, n).tolist()] for n in (3, 9, 5)]
-    drawings = denoiser.draw(answers, [0, 1, 2], [(i, 2) for i in range(3)], 6)
+    images = denoiser.draw(answers, [0, 1, 2], [(i, 2) for i in range(3)], 6)
     with torch.no_grad():
         logprobs = opened.policy.token_logprobs([p + a for p, a in zip(prompts, answers, strict=True)])
     return [
         Chain(
             (
                 TextSegment(np.array(p), np.array(a), logp[len(p) - 1 :].numpy(), False, "", 0),
-                ImageSegment(d.x_t, d.x_next, d.v_old, d.t, d.t_next, d.pixels, denoiser.grid, 0),
+                image,
             ),
             seed,
         )
-        for seed, (p, a, logp, d) in enumerate(zip(prompts, answers, logprobs, drawings, strict=True))
+        for seed, (p, a, logp, image) in enumerate(zip(prompts, answers, logprobs, images, strict=True))
     ]
 
 

@@ -14,7 +14,8 @@ from common.bagel.checkpoint import Checkpoint
 from common.bagel.decoder import Packing
 from common.config import Cfg
 from common.policy import Guidance
-from rollout.denoiser import Denoiser, Drawing
+from common.types import ImageSegment
+from rollout.denoiser import Denoiser
 
 SHIFT = 3.0
 
@@ -155,7 +156,7 @@ def test_window_states_are_joined_by_the_recorded_noise(golden_checkpoint: Check
     assert drawn[0].pixels.dtype == np.uint8
 
 
-def one_by_one(denoiser: Denoiser, texts: list[list[int]], windows: list[tuple[int, int] | None]) -> list[Drawing]:
+def one_by_one(denoiser: Denoiser, texts: list[list[int]], windows: list[tuple[int, int] | None]) -> list[ImageSegment]:
     return [
         denoiser.draw([text], [seed], [window], 7)[0]
         for seed, (text, window) in enumerate(zip(texts, windows, strict=True))
