@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from common import flow, lora, parameters
+from common.actors import building, node_name
 from common.advantage import group_advantages
 from common.bagel.text import system_prompt
 from common.config import TrainConfig
@@ -35,8 +36,10 @@ from learner.update import MicroBatch, Updater, lay_out, metrics_of, share_out
 class LearnerRank:
     """Holds one shard of the optimizer. Every public method is called on all ranks together."""
 
+    @building
     def __init__(self, config: TrainConfig, rank: int, address: str, resume: str | None) -> None:
-        """address: host:port of rank 0's rendezvous; resume: a checkpoint directory of this run, or None."""
+        """address: host:port of rank 0's rendezvous; resume: a checkpoint directory of this run, or None. ConfigError,
+        with the name of the node, if policy or checkpoint cannot be read there."""
         self.config, self.rank, self.ranks = config, rank, config.learner.ranks
         init_process_group(rank, self.ranks, address, config.learner.deadline_s)
         torch.manual_seed(config.seed)
@@ -101,9 +104,9 @@ class LearnerRank:
         """What this rank has done since its last update began."""
         return take_spans()
 
-    def sees(self, path: str) -> bool:
-        """Whether a path of the driver exists on this node too."""
-        return Path(path).exists()
+    def misses(self, path: str) -> str | None:
+        """This node's name if a path of the driver does not exist here."""
+        return None if Path(path).exists() else node_name()
 
     def ping(self) -> int:
         """The version this rank holds."""

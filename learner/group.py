@@ -15,9 +15,9 @@ import ray
 from numpy.typing import NDArray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
 
+from common.actors import Placement, last_line, not_built
 from common.config import ConfigError, TrainConfig
 from common.events import event
-from common.placement import Placement
 from common.runtime import free_port, thread_env
 from common.timeline import Span
 from common.transport import Publication
@@ -87,7 +87,8 @@ class LearnerGroup:
 
     def _outcomes(self, refs: list[ray.ObjectRef], method: str) -> list[Any]:
         """Waits for one call per rank. The first failure is heard at once: the other ranks may wait for the failed one
-        in a collective. ObjectLostError if a group is on no node any more; LostLearnerError for everything else."""
+        in a collective. ObjectLostError if a group is on no node any more; ConfigError if that is why a rank cannot be
+        built; LostLearnerError for everything else."""
         waiting, deadline = refs, time.monotonic() + self.config.learner.deadline_s
         while waiting:
             done, waiting = ray.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
@@ -102,7 +103,7 @@ class LearnerGroup:
             except ObjectLostError:
                 raise
             except RayError as error:
-                raise LostLearnerError(f"learner {method}: {str(error).strip().splitlines()[-1]}") from error
+                raise not_built(error) or LostLearnerError(f"learner {method}: {last_line(error)}") from error
         return ray.get(refs)
 
     def rebuild(self, resume: Path | None) -> None:
@@ -129,10 +130,10 @@ class LearnerGroup:
 
     def check_sees(self, path: Path) -> None:
         """ConfigError if rank 0, which writes checkpoints and rollouts, does not find what the driver has written."""
-        if not self._all("sees", str(path))[0]:
+        if node := self._all("misses", str(path))[0]:
             raise ConfigError(
-                f"{path}, which the driver has written, does not exist on the learner's node; give a runs_dir that all "
-                "nodes share, or set UNIGRPO_HOME to a directory that they share"
+                f"{path}, which the driver has written, does not exist on the learner's node {node}; give a runs_dir "
+                "that all nodes share, or set UNIGRPO_HOME to a directory that they share"
             )
 
     def update(self, step: int, groups: list[ray.ObjectRef], rewards: NDArray[np.float64]) -> dict[str, float]:
@@ -191,7 +192,7 @@ class LearnerGroup:
             try:
                 ray.get(ref)
             except RayActorError as error:
-                raise LostLearnerError(f"learner send: {str(error).strip().splitlines()[-1]}") from error
+                raise LostLearnerError(f"learner send: {last_line(error)}") from error
             except RayTaskError as error:  # the replicas hear of it too, and the pool has it sent again
                 log.debug("a transfer failed: %s", error.cause)
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from common.actors import building
 from common.types import Group, Rewards
 from rewards.scorer import build
 
@@ -16,8 +17,9 @@ from rewards.scorer import build
 class RewardActor:
     """Scores groups, one at a time. The pool makes it a Ray actor; `__init__` builds all, so a restart is complete."""
 
+    @building
     def __init__(self, scorer_name: str, options: Mapping[str, Any]) -> None:
-        """ConfigError for an unknown scorer, bad options or missing files."""
+        """ConfigError, with the name of the node, for an unknown scorer, bad options or missing files."""
         self._name = scorer_name
         self._scorer = build(scorer_name, options)
         self._start = uuid.uuid4().hex

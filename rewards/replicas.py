@@ -20,9 +20,9 @@ import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError
 
 from common import config
+from common.actors import Placement, last_line, not_built
 from common.config import ConfigError
 from common.events import event
-from common.placement import Placement
 from common.runtime import thread_env
 from common.timeline import timed
 from common.types import Group, Rewards
@@ -33,11 +33,6 @@ _PING_S = 30.0
 _POLL_S = 0.2
 
 log = logging.getLogger(__name__)
-
-
-def _last(error: RayError) -> str:
-    """The line that says what happened; Ray puts the actor's traceback before it."""
-    return str(error).strip().splitlines()[-1]
 
 
 @dataclass(frozen=True)
@@ -102,7 +97,7 @@ class Replicas:
             problem = f"reward {name}: its actors were not built within {START_TIMEOUT_S:.0f} s"
             raise self._roomless(self._replicas) or RuntimeError(problem) from error
         except RayActorError as error:
-            raise ConfigError(f"reward {name} cannot be built: {_last(error)}") from error
+            raise ConfigError(f"reward {name} cannot be built: {not_built(error) or last_line(error)}") from error
         for thread in self._threads:
             thread.start()
 
@@ -216,7 +211,9 @@ class Replicas:
             if not final:
                 self._jobs.appendleft(job)
             self._changed.notify_all()
-        why = f"no score within {self.scorer.deadline_s:g} s" if isinstance(error, GetTimeoutError) else _last(error)
+        why = (
+            f"no score within {self.scorer.deadline_s:g} s" if isinstance(error, GetTimeoutError) else last_line(error)
+        )
         if lost:
             event("reward_lost", actor=self._actor_name(index), reason=why)
         if final:
@@ -234,7 +231,7 @@ class Replicas:
                 self._starts[index] = ray.get(self._actors[index].ping.remote(), timeout=_PING_S)
             except RayError as error:  # recovered from: Ray is still restarting it
                 if isinstance(error, RayActorError) and error.actor_init_failed:
-                    problem = _last(error)
+                    problem = last_line(error)
                     break
             else:
                 with self._changed:

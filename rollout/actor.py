@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import uuid
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from common.actors import building
 from common.bagel.text import system_prompt
 from common.config import TrainConfig
 from common.policy import Guidance, open_policy
@@ -33,7 +35,9 @@ class RolloutReplica:
     pool sends before it gives out work.
     """
 
+    @building
     def __init__(self, config: TrainConfig) -> None:
+        """ConfigError, with the name of the node, if the policy cannot be read there."""
         self.config = config
         self.dtype = config.rollout.dtype
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -51,7 +55,8 @@ class RolloutReplica:
         )
         self.system = system_prompt(config.model.system_prompt)
         self.reasoner = self._start_reasoner() if sampling.think else None
-        self.version = -1
+        self.start = uuid.uuid4().hex
+        self.version = -1  # before the first load
         self.held: WeightManifest | None = None
         self.mixed = False
         self.receiver = receiver(config, torch.device(device))
@@ -76,9 +81,9 @@ class RolloutReplica:
                 gpu_memory_utilization=self.config.rollout.gpu_memory_utilization,
             )
 
-    def ping(self) -> int:
-        """The version this replica holds; -1 before the first load."""
-        return self.version
+    def ping(self) -> str:
+        """Answers when the replica is built: which start of the actor this is."""
+        return self.start
 
     def pid(self) -> int:
         """The actor's process."""

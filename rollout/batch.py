@@ -12,6 +12,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError
 
+from common.config import ConfigError
 from common.types import RolloutRequest, RolloutStats
 
 LOST_AFTER_S = 300.0
@@ -99,6 +100,8 @@ class Batch:
         for _ in self.groups:
             with self.changed:
                 while not self.arrived:
+                    if isinstance(self.error, ConfigError):
+                        raise self.error
                     if self.error:
                         raise RolloutError(str(self.error)) from self.error
                     if not self.changed.wait(deadline_s):

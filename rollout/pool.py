@@ -16,6 +16,7 @@ from collections import deque
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
+from common.actors import last_line, not_built
 from common.config import ConfigError, TrainConfig
 from common.events import event
 from common.timeline import span
@@ -47,7 +48,7 @@ class RolloutPool:
         self._queue: deque[Work] = deque()
         self._events: queue.SimpleQueue[tuple[Replica, Call] | None] = queue.SimpleQueue()
         self._changed = threading.Condition(threading.RLock())  # guards everything here
-        self._broken: RolloutError | None = None
+        self._broken: Exception | None = None
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="rollout-pool", daemon=True)
         if replicas is not None:
@@ -262,10 +263,10 @@ class RolloutPool:
         error = call.future.exception()
         cause = error.cause if isinstance(error, RayTaskError) else error
         if error is None:
-            if not replica.serving:
-                event("replica_ready", replica=replica.name)
             replica.serving, replica.idle_since = True, time.monotonic()
-        if call.work:
+        if call.kind == "build" and error is None:
+            self._built(replica, call.future.result())
+        elif call.work:
             self._generated(replica, call, call.work, error)
         elif isinstance(cause, ObjectLostError):
             # The published bytes died with the learner's node; a rebuilt learner publishes again.
@@ -284,6 +285,16 @@ class RolloutPool:
             else:
                 self._wrong(replica, f"it holds {held} instead of {wanted}")
 
+    def _built(self, replica: Replica, start: str) -> None:
+        """start: which start of the actor answers. If it is one that has answered before, Ray told late of a death
+        that is known: nothing was lost, and the work given out meanwhile was not tried."""
+        if replica.answered not in (None, start):
+            self.restarts += 1
+            if replica.blamed:
+                replica.blamed.deaths += 1
+        replica.answered, replica.blamed = start, None
+        event("replica_ready", replica=replica.name)
+
     def _generated(self, replica: Replica, call: Call, work: Work, error: BaseException | None) -> None:
         if error is None:
             self._faults = 0
@@ -295,7 +306,7 @@ class RolloutPool:
         if isinstance(error, RayTaskError):
             work.errors += 1
         else:
-            work.deaths += 1
+            replica.blamed = work
             self._lost(replica, error)
         self._retry(work, f"{replica.name}: {getattr(error, 'cause', None) or type(error).__name__}")
 
@@ -314,10 +325,11 @@ class RolloutPool:
         if replica.serving:
             log.warning("%s is lost (%s); Ray restarts it", replica.name, type(error).__name__)
             event("replica_lost", replica=replica.name, reason=type(error).__name__)
-            self.restarts += 1
         replica.serving, replica.holds, replica.again_at = False, None, time.monotonic() + TICK_S
         if isinstance(error, RayActorError) and error.actor_init_failed:
-            self._fault(f"{replica.name} cannot be built: {str(error).strip().splitlines()[-1]}")
+            problem = not_built(error)
+            reason = f"{replica.name} cannot be built: {problem or last_line(error)}"
+            self._fault(ConfigError(reason) if problem else RolloutError(reason))
             self.replicas.remove(replica)
             replica.end()
 
@@ -325,13 +337,13 @@ class RolloutPool:
         """A replica that does not hold what it was sent is started afresh."""
         log.warning("%s: %s; restarting it", replica.name, reason)
         event("replica_lost", replica=replica.name, reason=reason)
-        self._fault(f"{replica.name}: {reason}")
+        self._fault(RolloutError(f"{replica.name}: {reason}"))
         self._restart(replica)
 
-    def _fault(self, reason: str) -> None:
+    def _fault(self, error: ConfigError | RolloutError) -> None:
         self._faults += 1
         if self._faults >= max(MIN_FAULTS, len(self.replicas)):
-            self._break(RolloutError(f"{self._faults} faults of rollout replicas in a row; the last one: {reason}"))
+            self._break(type(error)(f"{self._faults} faults of rollout replicas in a row; the last one: {error}"))
 
     def _overdue(self, replica: Replica, call: Call) -> None:
         waited = time.monotonic() - call.started
@@ -345,11 +357,10 @@ class RolloutPool:
         _give_up(call)
         self._restart(replica)
         if call.work:
-            call.work.deaths += 1
+            replica.blamed = call.work
             self._retry(call.work, f"{replica.name} made no progress for {waited:.0f} s")
 
     def _restart(self, replica: Replica) -> None:
-        self.restarts += 1
         replica.serving, replica.holds, replica.again_at = False, None, time.monotonic() + TICK_S
         replica.restart()
 
@@ -372,7 +383,7 @@ class RolloutPool:
                 replica.call = None
                 self._next(replica)
 
-    def _break(self, error: RolloutError) -> None:
+    def _break(self, error: Exception) -> None:
         with self._changed:
             self._broken = error
             for batch in {work.batch for work in [*self._queue, *self._under_way()]}:

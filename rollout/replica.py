@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import ray
 
+from common.actors import Placement
 from common.config import TrainConfig
-from common.placement import Placement
 from common.runtime import thread_env
 from common.transport import Publication
 from rollout.actor import RolloutReplica
@@ -43,6 +43,8 @@ class Replica:
         self.handle = self.start(config)
         self.call: Call | None = None
         self.holds: Publication | None = None
+        self.answered: str | None = None  # which start of the actor last answered
+        self.blamed: Work | None = None  # what it had been given when it was lost
         self.serving = False  # built, and answered its last call
         self.leaving = False
         self.idle_since = 0.0

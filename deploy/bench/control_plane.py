@@ -63,8 +63,8 @@ class SimulatedHost:
         self._chain = (text, image)
         self._calls: dict[int, list[tuple[float, float]]] = {}
 
-    async def ping(self, replica: int) -> int:
-        return -1
+    async def ping(self, replica: int) -> str:
+        return "first start"
 
     async def load_weights(self, replica: int, manifest: Manifest, ticket: Any) -> str:
         return manifest.checksum

@@ -118,3 +118,14 @@ def test_what_the_ranks_waited_for_is_said(local_ray: None, config: TrainConfig)
             group.wait_ready()
     finally:
         group.close()
+
+
+def test_a_rank_that_cannot_read_the_model_names_its_node(local_ray: None, config: TrainConfig) -> None:
+    here = config.learner.model_copy(update={"ranks": 1})
+    elsewhere = config.model.model_copy(update={"path": "/not/shared"})
+    group = LearnerGroup(config.model_copy(update={"run_name": "blind", "learner": here, "model": elsewhere}))
+    try:
+        with pytest.raises(ConfigError, match=r"^on node 127\.0\.0\.1 \(.+\): /not/shared does not exist"):
+            group.wait_ready()
+    finally:
+        group.close()

@@ -135,7 +135,7 @@ def test_close_gives_up_what_is_unfinished_and_frees_the_names(start: Start) -> 
 def test_what_cannot_start_says_why(start: Start) -> None:
     with pytest.raises(ConfigError, match="did you mean shapes"):
         start({"name": "shape"})
-    with pytest.raises(ConfigError, match="no weights at /nowhere"):
+    with pytest.raises(ConfigError, match=r"cannot be built: on node 127\.0\.0\.1 .*: no weights at /nowhere"):
         start({"name": "tests.rewards.faulty_scorers:Unbuildable"})
 
 

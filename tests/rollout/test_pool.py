@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,11 @@ import numpy as np
 import pytest
 import ray
 from published import publish
+from ray.exceptions import RayActorError
 
+from common.actors import building
 from common.bagel import checkpoint as store
+from common.bagel.config import CheckpointError
 from common.config import ConfigError, TrainConfig, resolve_path
 from common.prompts import PromptOrder, read_prompts
 from common.recipe import load_config
@@ -22,7 +27,9 @@ from common.transport.object_store import ObjectStorePublication
 from common.types import Group
 from deploy.requests import training_requests
 from rollout.actor import RolloutReplica
+from rollout.batch import Work
 from rollout.pool import Batch, RolloutError, RolloutPool
+from rollout.replica import Call
 
 DEADLINE_S = 200
 
@@ -110,7 +117,32 @@ def test_a_hung_and_a_killed_replica_are_restarted_and_given_the_weights(
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
     until(lambda: pool.serving == 2 and all(replica.holds is pool.weights for replica in pool.replicas))
     assert pool.restarts == restarts + 2
-    assert [ray.get(replica.handle.ping.remote(), timeout=30) for replica in (hung, killed)] == [7, 7]
+    assert pool.weights is not None
+    manifest = pool.weights.manifest
+    held = [replica.handle.checksum.remote(manifest) for replica in (hung, killed)]
+    assert ray.get(held, timeout=30) == [manifest.checksum] * 2
+
+
+def test_late_news_of_a_death_is_no_try_and_no_restart(
+    pool: RolloutPool, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray may fail a call because of a death that came before it; here it does so at the first call."""
+    until(lambda: pool.serving == 2)
+    calm, restarts, reruns = collect(pool, config), pool.restarts, pool.rerun_groups
+    replica, given = pool.replicas[0], []
+
+    def refuse(work: Work) -> None:
+        monkeypatch.undo()
+        given.append(work)
+        replica.call = call = Call("generate", Future(), math.inf, work=work)
+        call.future.set_exception(RayActorError())
+        replica._arrived(replica, call)
+
+    monkeypatch.setattr(replica, "generate", refuse)
+    found = collect(pool, config)
+    assert all(same(a, b) for a, b in zip(calm, found, strict=True))
+    until(lambda: pool.serving == 2 and replica.holds is pool.weights)
+    assert [work.deaths for work in given] == [0] and pool.restarts == restarts and pool.rerun_groups == reruns + 1
 
 
 def test_replicas_join_and_leave_a_live_pool(
@@ -176,18 +208,28 @@ def test_what_the_pool_waited_for_is_said(local_ray: None) -> None:
         pool.close()
 
 
-def test_a_pool_whose_replicas_cannot_be_built_says_why(local_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "heard", "said"),
+    [
+        (OSError, RolloutError, r"OSError: no such model"),
+        (CheckpointError, ConfigError, r"on node 127\.0\.0\.1 \(.+\): no such model"),
+    ],
+)
+def test_a_pool_whose_replicas_cannot_be_built_says_why(
+    local_ray: None, monkeypatch: pytest.MonkeyPatch, error: type[Exception], heard: type[Exception], said: str
+) -> None:
     class Unbuildable:
+        @building
         def __init__(self, config: TrainConfig) -> None:
-            raise FileNotFoundError("no such model")
+            raise error("no such model")
 
-        def ping(self) -> int:
-            return 0
+        def ping(self) -> str:
+            return ""
 
     monkeypatch.setattr("rollout.replica.RolloutReplica", Unbuildable)
     pool = RolloutPool(load_config("shapes", ["run_name=broken", "rollout.replicas=1"]))
     try:
-        with pytest.raises(RolloutError, match=r"3 faults .* cannot be built: FileNotFoundError: no such model"):
+        with pytest.raises(heard, match=f"3 faults .* cannot be built: {said}"):
             pool.wait_ready()
     finally:
         pool.close()

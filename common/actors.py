@@ -1,19 +1,25 @@
-"""Where actors go: a placement group, which Ray's autoscaler adds nodes for, and what to say when there is no room."""
+"""What all actors have in common: their room in the cluster, and how one that cannot be built says why."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import socket
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import ParamSpec
 
 import ray
+from ray.exceptions import RayActorError, RayError
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from common.config import ConfigError
 
+P = ParamSpec("P")
+
 
 class Placement:
-    """Room for `count` actors that are each given the same: for all of them or none, on as few nodes as possible. Ray
-    moves it when a node is lost."""
+    """A placement group, which Ray's autoscaler adds nodes for, for `count` actors that are each given the same: all of
+    them or none, on as few nodes as possible. Ray moves it when a node is lost."""
 
     def __init__(self, resources: Mapping[str, float], count: int = 1, name: str = "") -> None:
         # A bundle may not be empty, and an actor may ask for nothing.
@@ -48,3 +54,34 @@ def _amounts(resources: Mapping[str, float]) -> str:
     shown = {kind: n for kind, n in resources.items() if n and not kind.startswith(("node:", "memory", "object_store"))}
     # A placement group's own share is listed a second time under its name.
     return ", ".join(f"{n:g} {kind}" for kind, n in sorted(shown.items()) if "_group_" not in kind) or "nothing"
+
+
+def node_name() -> str:
+    """This process's node, as Ray's dashboard lists it."""
+    return f"{ray.util.get_node_ip_address()} ({socket.gethostname()})"
+
+
+def building(init: Callable[P, None]) -> Callable[P, None]:
+    """An actor's `__init__` that raises ConfigError, with the name of the node, also for a missing file, which other
+    nodes may well have."""
+
+    @wraps(init)
+    def named(*args: P.args, **options: P.kwargs) -> None:
+        try:
+            init(*args, **options)
+        except (ConfigError, FileNotFoundError) as error:
+            raise ConfigError(f"on node {node_name()}: {error}") from error
+
+    return named
+
+
+def last_line(error: BaseException) -> str:
+    """The line of an error of Ray's that says what happened; before it comes the actor's traceback."""
+    return str(error).strip().splitlines()[-1]
+
+
+def not_built(error: RayError) -> ConfigError | None:
+    """The ConfigError that an actor's `__init__` ended with, which Ray keeps as text; None if it was another error."""
+    kind, _, text = last_line(error).partition(": ")
+    wrong = isinstance(error, RayActorError) and error.actor_init_failed
+    return ConfigError(text) if wrong and kind == f"{ConfigError.__module__}.{ConfigError.__name__}" else None
