@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from common.rundir import replacing
-from common.types import Chain, Group, ImageSegment, Prompt, TextSegment
+from common.types import Chain, Group, ImageSegment, Prompt, RolloutStats, TextSegment
 
 _LATENTS = ("x_t", "x_next", "v_old")
 
@@ -108,6 +108,20 @@ def read_groups(path: Path) -> list[tuple[Group, NDArray[np.float32], NDArray[np
     """What `write_groups` wrote: every group with its rewards [G] and advantages [G], fp32."""
     with pq.ParquetFile(path) as file:
         return [_group(list(rows)) for _, rows in groupby(_rows(file), key=lambda row: row["group"])]
+
+
+def index_groups(path: Path) -> list[tuple[str, tuple[int, ...], RolloutStats]]:
+    """Of every group of a file: its prompt's id, its chains' seeds, and how it was made, less the times. Reads no image
+    and no latents."""
+    columns = ["group", "prompt_id", "seed", "image_version", "reasoning_ids"]
+    rows = pq.read_table(path, columns=columns).to_pylist()
+    index = []
+    for _, group in groupby(rows, key=lambda row: row["group"]):
+        chains = list(group)
+        tokens = sum(len(chain["reasoning_ids"]) for chain in chains)
+        stats = RolloutStats(chains[0]["image_version"], len(chains), tokens, 0.0, 0.0, 0.0)
+        index.append((chains[0]["prompt_id"], tuple(chain["seed"] for chain in chains), stats))
+    return index
 
 
 def _row(group: Group, chain: Chain, latents: bool) -> dict[str, Any]:

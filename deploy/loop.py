@@ -6,7 +6,6 @@ The driver moves references and small numbers; tensors go from actor to actor.
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,9 +15,9 @@ import numpy as np
 from common.rundir import RunDirectory
 from common.timeline import timed
 from deploy.evaluation_run import evaluate
+from deploy.in_flight import InFlight, conditions
 from deploy.recovery import Recovery, redoing_lost
 from deploy.refill import refill, training_rewards
-from deploy.requests import training_requests
 from deploy.session import Session
 from learner.group import LostLearnerError
 from rewards.pool import Scored
@@ -45,16 +44,11 @@ def steps(session: Session, first: int, began: float) -> Iterator[int]:
     if first == 0 and not run.evaluation_file(0).exists():
         evaluate(session, step=0)
 
-    in_flight: deque[Batch] = deque()
-    submitted = done = first
+    in_flight, done = InFlight(session, first), first
     recent: list[float] = []
     for step in range(first, config.steps):
         clock = Clock()
-        while submitted <= min(step + config.max_staleness, config.steps - 1):
-            in_flight.append(rollout.submit(training_requests(config, session.order, submitted)))
-            submitted += 1
-        batch = in_flight.popleft()
-
+        batch = in_flight.take(step)
         scored, updated = redoing_lost(session, batch, partial(learn, session, step, batch, clock))
         with clock("sync"):
             rollout.sync(learner.publish())
@@ -69,7 +63,8 @@ def steps(session: Session, first: int, began: float) -> Iterator[int]:
         stop = bool(config.max_minutes) and time.monotonic() - began > 60 * config.max_minutes
         last = stop or done == config.steps
         if last or (config.checkpoints.every and done % config.checkpoints.every == 0):
-            learner.save(run.checkpoint(done), {"step": done, "seed": config.seed, "reward": float(np.nanmean(recent))})
+            state = {"step": done, "seed": config.seed, "reward": float(np.nanmean(recent))}
+            learner.save(run.checkpoint(done), state | {"conditions": conditions(config)}, in_flight.finished())
             recent.clear()
         if config.evaluation.every and done % config.evaluation.every == 0:
             evaluate(session, step=done)
@@ -138,7 +133,7 @@ def _describe(
         **extra,
         **supervised,
         "text/tokens_mean": tokens / max(chains, 1),
-        "rollout/images_per_s": chains / batch.seconds,
+        "rollout/images_per_s": batch.images_per_s,
         "rollout/tokens_per_s": tokens / max(sum(s.reasoning_s for s in batch.stats) / replicas, 1e-9),
         "weights/sync_s": clock.phases["sync"],
         "time/reasoning_s": sum(s.reasoning_s for s in batch.stats) / replicas,

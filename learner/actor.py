@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import ray
 import torch
 from numpy.typing import NDArray
+from ray.exceptions import ObjectLostError
 
 from common import flow, lora, parameters
 from common.actors import building, node_name
@@ -19,7 +21,7 @@ from common.advantage import group_advantages
 from common.bagel.text import system_prompt
 from common.config import TrainConfig
 from common.policy import PolicyOutput, directories, open_policy
-from common.records import write_groups
+from common.records import read_groups, write_groups
 from common.timeline import Span, take_spans, timed
 from common.transport import TransportError
 from common.transport.collective import CollectiveSender
@@ -257,9 +259,10 @@ class LearnerRank:
             advantages = self.advantages.values
             write_groups(Path(path), ray.get(refs), rewards, by_scorer, advantages, self.config.recording.latents)
 
-    def save(self, directory: str, state: dict[str, Any]) -> str | None:
+    def save(self, directory: str, state: dict[str, Any], in_flight: dict[int, list[ray.ObjectRef]]) -> str | None:
         """Copies what a run checkpoint holds (collective), which rank 0 then writes in the background; state is the
-        driver's part of state.json. Waits for the checkpoint before; what went wrong with that, None if nothing."""
+        driver's part of state.json, in_flight finished groups of steps to come. Waits for the checkpoint before; what
+        went wrong with that, None if nothing."""
         problem = self.saved()
         optimizer = self.engine.state(self.named, keep=self.rank == 0)
         if self.rank == 0:
@@ -275,11 +278,25 @@ class LearnerRank:
                 optimizer,
                 {**state, **own},
                 self.config.checkpoints.keep,
+                {step: groups for step, refs in in_flight.items() if (groups := _those_left(refs))},
             )
         return problem
+
+    def restore(self, path: str) -> tuple[Any, ...]:
+        """None, then the groups of a file of groups in flight, in order."""
+        return None, *(group for group, *_ in read_groups(Path(path)))
 
     def saved(self) -> str | None:
         """Waits until the checkpoint that is being written is whole; what went wrong with it, None if nothing."""
         error = self.writing.exception() if self.writing else None
         self.writing = None
         return f"{type(error).__name__}: {error}" if error else None
+
+
+def _those_left(refs: list[ray.ObjectRef]) -> list[Group]:
+    """Groups whose node is still there; the others are generated again in any case."""
+    groups = []
+    for ref in refs:
+        with suppress(ObjectLostError):
+            groups.append(ray.get(ref))
+    return groups

@@ -1,7 +1,8 @@
 """Run checkpoints: everything --resume needs, written aside and renamed, verified by checksum when read.
 
 `checkpoints/step-000020/` holds `policy/` (the released layout, usable by every command), `optimizer.safetensors`
-(fp32 masters and Adam moments by parameter name, independent of rank count and ZeRO stage), `state.json`, and
+(fp32 masters and Adam moments by parameter name, independent of rank count and ZeRO stage), `state.json`, with
+`max_staleness` above 0 `in_flight/step-000021.parquet` (groups of steps to come, see common/records.py), and
 `manifest.json` with the SHA-256 of every file. A directory without a manifest is not a checkpoint.
 """
 
@@ -12,10 +13,11 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -23,20 +25,30 @@ from common.bagel.config import CheckpointError, read_json
 from common.bagel.tensors import read_tensors
 from common.lora import plain_weights
 from common.policy import OpenPolicy
+from common.records import write_groups
+from common.types import Group
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
 
 
-def write(directory: Path, opened: OpenPolicy, optimizer: dict[str, Tensor], state: dict[str, Any], keep: int) -> None:
+def write(
+    directory: Path,
+    opened: OpenPolicy,
+    optimizer: dict[str, Tensor],
+    state: dict[str, Any],
+    keep: int,
+    in_flight: Mapping[int, Sequence[Group]] | None = None,
+) -> None:
     """Writes one checkpoint and removes all of its siblings but the newest `keep` and the one with the highest
-    `reward` in its state. On an error nothing is left of it, and every other one stays."""
+    `reward` in its state. On an error nothing is left of it, and every other one stays. in_flight: finished groups of
+    steps to come."""
     aside = directory.with_name(directory.name + PARTIAL)
     for left in directory.parent.glob(f"*{PARTIAL}"):  # by a process that was killed
         shutil.rmtree(left)
     try:
-        _write_files(aside, opened, optimizer, state)
+        _write_files(aside, opened, optimizer, state, in_flight or {})
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -44,7 +56,7 @@ def write(directory: Path, opened: OpenPolicy, optimizer: dict[str, Tensor], sta
         _remove(directory)
     aside.rename(directory)
     whole = sorted(p for p in directory.parent.glob("step-*") if p.suffix != PARTIAL and (p / MANIFEST).exists())
-    best = max(whole, key=lambda p: read_json(p / "state.json").get("reward") or -math.inf)
+    best = max(whole, key=lambda p: read_state(p).get("reward") or -math.inf)
     for old in whole[:-keep]:
         if old != best:
             _remove(old)
@@ -57,8 +69,17 @@ def _remove(directory: Path) -> None:
     shutil.rmtree(left)
 
 
-def _write_files(aside: Path, opened: OpenPolicy, optimizer: dict[str, Tensor], state: dict[str, Any]) -> None:
+def _write_files(
+    aside: Path,
+    opened: OpenPolicy,
+    optimizer: dict[str, Tensor],
+    state: dict[str, Any],
+    in_flight: Mapping[int, Sequence[Group]],
+) -> None:
     aside.mkdir(parents=True)
+    for step, groups in in_flight.items():
+        unscored = np.full((len(groups), len(groups[0].chains)), np.nan)
+        write_groups(in_flight_file(aside, step), groups, unscored, {}, unscored, latents=True)
     # Masters rather than compute weights: a bf16 policy is saved without rounding.
     masters = {k.removeprefix("master."): v for k, v in optimizer.items() if k.startswith("master.")}
     opened.save(aside / "policy", plain_weights(opened.policy, {**opened.policy.state_dict(), **masters}))
@@ -78,7 +99,7 @@ def verify(directory: Path) -> dict[str, Any]:
             raise CheckpointError(f"{directory / MANIFEST} names {name}, outside the checkpoint; do not trust it")
         if not path.exists() or _digest(path) != digest:
             raise CheckpointError(f"{path} is missing or damaged; resume from an earlier checkpoint")
-    return read_json(directory / "state.json")
+    return read_state(directory)
 
 
 def newest_whole(directory: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -91,6 +112,16 @@ def newest_whole(directory: Path) -> tuple[Path, dict[str, Any]] | None:
             except CheckpointError as error:
                 log.warning("%s; going on from the one before", error)
     return None
+
+
+def in_flight_file(directory: Path, step: int) -> Path:
+    """Where a checkpoint keeps the groups of a step to come that were finished before it."""
+    return directory / "in_flight" / f"step-{step:06d}.parquet"
+
+
+def read_state(directory: Path) -> dict[str, Any]:
+    """state.json."""
+    return read_json(directory / "state.json")
 
 
 def read_optimizer(directory: Path) -> dict[str, Tensor]:

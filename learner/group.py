@@ -211,11 +211,20 @@ class LearnerGroup:
         """Writes the groups of the last update as Parquet (rank 0, in the background of the next rollout)."""
         self.ranks[0].record.remote(str(path), groups, rewards, by_scorer)
 
-    def save(self, directory: Path, state: dict[str, Any]) -> None:
+    def save(
+        self, directory: Path, state: dict[str, Any], in_flight: dict[int, list[ray.ObjectRef]] | None = None
+    ) -> None:
         """Begins a checkpoint: returns when the state is copied; rank 0 writes it while training goes on, after the
-        one before. A checkpoint that could not be written is a warning here: the one before stays whole."""
-        self._heed(self._all("save", str(directory), state)[0])
+        one before. A checkpoint that could not be written is a warning here: the one before stays whole. in_flight:
+        finished groups of steps to come."""
+        self._heed(self._all("save", str(directory), state, in_flight or {})[0])
         event("checkpoint", path=str(directory))
+
+    def restore(self, path: Path, count: int) -> list[ray.ObjectRef]:
+        """The groups that a checkpoint's file of groups in flight holds, read on rank 0's node."""
+        done, *groups = self.ranks[0].restore.options(num_returns=1 + count).remote(str(path))
+        self._outcomes([done], "restore")
+        return groups
 
     def saved(self) -> None:
         """Waits until the last checkpoint is written. LearnerError if it could not be."""

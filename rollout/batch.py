@@ -66,8 +66,10 @@ class Batch:
         return [ref for ref in self.groups if ref is not None]
 
     @property
-    def seconds(self) -> float:
-        return self.finished - self.started
+    def images_per_s(self) -> float:
+        """Of the chains that were made here; those that a checkpoint kept have no time."""
+        made = [stats.chains for stats in self.stats if stats.started]
+        return sum(made) / (self.finished - self.started) if made else 0.0
 
     def finish(self, places: list[int], refs: list[ray.ObjectRef], stats: RolloutStats) -> None:
         """A replica has made the groups of these positions."""

@@ -12,6 +12,7 @@ import queue
 import threading
 import time
 from collections import deque
+from collections.abc import Mapping
 
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
@@ -21,7 +22,7 @@ from common.config import ConfigError, TrainConfig
 from common.events import event
 from common.timeline import span
 from common.transport import Publication, TransportError
-from common.types import RolloutRequest
+from common.types import RolloutRequest, RolloutStats
 from rollout.batch import Batch, RolloutError, Work
 from rollout.replica import Call, Replica
 
@@ -146,10 +147,14 @@ class RolloutPool:
         event("publish", version=manifest.version, checksum=manifest.checksum, replicas=holding, seconds=seconds)
         return seconds
 
-    def submit(self, requests: list[RolloutRequest]) -> Batch:
-        """Queues groups; returns at once."""
+    def submit(
+        self, requests: list[RolloutRequest], kept: Mapping[int, tuple[ray.ObjectRef, RolloutStats]] | None = None
+    ) -> Batch:
+        """Queues groups; returns at once. kept: groups that are there already, by their place."""
         batch = Batch(requests, self._stalled)
-        self._enqueue(batch, list(range(len(requests))))
+        for place, (ref, stats) in (kept or {}).items():
+            batch.finish([place], [ref], stats)
+        self._enqueue(batch, [place for place in range(len(requests)) if place not in (kept or {})])
         return batch
 
     def _stalled(self) -> Exception | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,9 +11,17 @@ import numpy as np
 import pytest
 from ray.exceptions import ObjectLostError
 
-from common.types import Prompt, RolloutRequest, RolloutStats
+from common.config import TrainConfig
+from common.prompts import PromptOrder
+from common.recipe import load_config
+from common.records import write_groups
+from common.rundir import RunDirectory
+from common.types import Chain, Group, ImageSegment, Prompt, RolloutRequest, RolloutStats, TextSegment
+from deploy.in_flight import InFlight, conditions
 from deploy.loop import Clock, learn
 from deploy.recovery import MAX_TRIES, Recovery, redoing_lost
+from deploy.requests import training_requests
+from learner import checkpoint as run_checkpoint
 from learner.group import LostLearnerError
 from rewards.pool import Scored
 from rollout.batch import Batch
@@ -52,6 +62,63 @@ def test_groups_that_are_too_stale_are_left_out_and_counted(bound: int, left_out
         "rollout/staleness": 1.0,
         "rollout/stale_groups": len(left_out),
     }
+
+
+def test_groups_that_a_checkpoint_kept_are_not_asked_for_again(tmp_path: Path) -> None:
+    config = load_config("shapes", ["max_staleness=2", "steps=9", "data.prompts_per_step=3", "data.group_size=2"])
+    run, order = RunDirectory(tmp_path), PromptOrder([Prompt(str(i), f"p {i}", {}) for i in range(40)], 3, 0)
+    asked: list[Any] = []
+
+    def submit(requests: list[RolloutRequest], kept: dict[int, Any]) -> Batch:
+        batch = Batch(requests)
+        for place, (ref, stats) in kept.items():
+            batch.finish([place], [ref], stats)
+        asked.append(
+            (requests[0].step, {place: (ref, stats.version, stats.tokens) for place, (ref, stats) in kept.items()})
+        )
+        return batch
+
+    learner = SimpleNamespace(restore=lambda path, count: [f"{path.stem} {i}" for i in range(count)])
+
+    def begin(config: TrainConfig, first: int) -> InFlight:
+        asked.clear()
+        rollout = SimpleNamespace(submit=submit)
+        return InFlight(SimpleNamespace(config=config, run=run, order=order, rollout=rollout, learner=learner), first)  # type: ignore[arg-type]
+
+    calm = begin(config, 0)
+    assert calm.take(0).requests == training_requests(config, order, 0)
+    assert calm.take(1).requests == training_requests(config, order, 1)
+    assert asked == [(step, {}) for step in range(4)] and calm.finished() == {}
+
+    # Step 3 has finished all but its first group when step 2 is done.
+    made = [made_group(request, 1) for request in training_requests(config, order, 3)[1:]]
+    state = {"conditions": conditions(config)}
+    write_in_flight(run.checkpoint(2), 3, made, state)
+    gone_on = begin(config, 2)
+    gone_on.take(2)
+    assert asked == [(2, {}), (3, {1: ("step-000003 0", 1, 4), 2: ("step-000003 1", 1, 4)}), (4, {})]
+    assert gone_on.finished() == {3: ["step-000003 0", "step-000003 1"]}
+
+    warmer = config.model_copy(update={"sampling": config.sampling.model_copy(update={"temperature": 0.5})})
+    begin(warmer, 2).take(2)
+    assert asked == [(step, {}) for step in (2, 3, 4)]
+    begin(config.model_copy(update={"seed": 1}), 2).take(2)
+    assert asked == [(step, {}) for step in (2, 3, 4)]
+
+
+def made_group(request: RolloutRequest, version: int) -> Group:
+    """A group of one pixel and two tokens a chain."""
+    none = np.zeros((0, 1, 1), np.float32)
+    text = TextSegment(np.array([1]), np.array([2, 3]), np.zeros(2, np.float32), True, "", version)
+    pixel = np.zeros((1, 1, 3), np.uint8)
+    image = ImageSegment(none, none, none, none[:, 0, 0], none[:, 0, 0], pixel, (1, 1), version)
+    return Group(request.prompt, request.step, tuple(Chain((text, image), seed) for seed in request.seeds))
+
+
+def write_in_flight(checkpoint: Path, step: int, groups: list[Group], state: dict[str, Any]) -> None:
+    nothing = np.zeros((len(groups), len(groups[0].chains)))
+    write_groups(run_checkpoint.in_flight_file(checkpoint, step), groups, nothing, {}, nothing, latents=True)
+    (checkpoint / "state.json").write_text(json.dumps(state))
 
 
 def test_lost_groups_are_asked_for_again_but_not_for_ever() -> None:

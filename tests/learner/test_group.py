@@ -71,7 +71,7 @@ def test_a_lost_rank_a_full_disk_and_another_number_of_ranks(
     refs = [ray.put(Group(Prompt(str(b), "p", {}), 0, tuple(chains[2 * b : 2 * b + 2]))) for b in range(2)]
     assert group.update(0, refs, REWARDS)["weights/version"] == 1
     first = tmp_path / "step-000001"
-    group.save(first, {"step": 1, "reward": 0.5})
+    group.save(first, {"step": 1, "reward": 0.5}, {4: refs})
     assert group.update(1, refs, REWARDS)["weights/version"] == 2
 
     # A full disk: training goes on, the checkpoint before stays, and the last one's failure is an error.
@@ -99,6 +99,10 @@ def test_a_lost_rank_a_full_disk_and_another_number_of_ranks(
     group.config = config.model_copy(update={"learner": alone})
     group.rebuild(first)
     assert group.wait_ready() == 1
+    kept = ray.get(group.restore(run_checkpoint.in_flight_file(first, 4), 2))
+    for found, made in zip([c for g in kept for c in g.chains], chains, strict=True):
+        assert found.seed == made.seed and (found.image.x_next == made.image.x_next).all()
+        assert (found.text.logprobs == made.text.logprobs).all() and found.text.version == made.text.version
     again = tmp_path / "again" / "step-000001"
     group.save(again, {"step": 1})
     group.saved()

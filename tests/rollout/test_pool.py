@@ -24,7 +24,7 @@ from common.config import ConfigError, TrainConfig, resolve_path
 from common.prompts import PromptOrder, read_prompts
 from common.recipe import load_config
 from common.transport.object_store import ObjectStorePublication
-from common.types import Group
+from common.types import Group, RolloutStats
 from deploy.requests import training_requests
 from rollout.actor import RolloutReplica
 from rollout.batch import Work
@@ -185,6 +185,21 @@ def test_replicas_join_and_leave_a_live_pool(
     until(lambda: len(pool.replicas) == 1)
     assert pool.states() == {pool.replicas[0].name: "idle"}
     assert pool.metrics()["rollout/replicas_wanted"] == 1
+
+
+def test_groups_that_are_there_are_not_made_again(pool: RolloutPool, config: TrainConfig) -> None:
+    calm = submit(pool, config)
+    found = dict(calm.arrivals(DEADLINE_S))
+    places = (0, 2, 3, 5)
+    kept = {place: (ray.put(f"kept {place}"), RolloutStats(6, 2, 9, 0.0, 0.0, 0.0)) for place in places}
+    batch = pool.submit(calm.requests, kept)
+    groups = [ray.get(ref) for _, ref in sorted(batch.arrivals(DEADLINE_S))]
+    assert [groups[place] for place in places] == [f"kept {place}" for place in places]
+    assert all(same(groups[place], ray.get(found[place])) for place in (1, 4))
+    assert batch.versions == [6, 7, 6, 6, 7, 6] and sum(stats.chains for stats in batch.stats) == 12
+    assert 0 < batch.images_per_s < calm.images_per_s * 3
+    whole = pool.submit(calm.requests, dict.fromkeys(range(6), kept[0]))
+    assert len(list(whole.arrivals(DEADLINE_S))) == 6 and whole.images_per_s == 0
 
 
 def test_cancelled_work_is_neither_begun_nor_missed(pool: RolloutPool, config: TrainConfig) -> None:
