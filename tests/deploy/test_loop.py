@@ -46,7 +46,10 @@ def test_groups_that_are_too_stale_are_left_out_and_counted(bound: int, left_out
 
     session: Any = SimpleNamespace(
         config=SimpleNamespace(
-            max_staleness=bound, rollout=SimpleNamespace(deadline_s=1.0), data=SimpleNamespace(refill_rounds=0)
+            max_staleness=bound,
+            rollout=SimpleNamespace(deadline_s=1.0),
+            data=SimpleNamespace(refill_rounds=0),
+            objective=SimpleNamespace(reward_normalisation="none"),
         ),
         version=5,
         rewards=SimpleNamespace(start=lambda ref, size: ref, finish=lambda tickets: scored),
@@ -65,7 +68,9 @@ def test_groups_that_are_too_stale_are_left_out_and_counted(bound: int, left_out
 
 
 def test_groups_that_a_checkpoint_kept_are_not_asked_for_again(tmp_path: Path) -> None:
-    config = load_config("shapes", ["max_staleness=2", "steps=9", "data.prompts_per_step=3", "data.group_size=2"])
+    config = load_config(
+        "shapes", ["max_staleness=2", "steps=9", "data.prompts_per_step=3", "data.group_size=2", "learner.ranks=1"]
+    )
     run, order = RunDirectory(tmp_path), PromptOrder([Prompt(str(i), f"p {i}", {}) for i in range(40)], 3, 0)
     asked: list[Any] = []
 
