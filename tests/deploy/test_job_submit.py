@@ -213,6 +213,9 @@ def test_a_job_trains_on_the_nodes_it_names(head: Head, copy: Path) -> None:
 
 
 def test_interrupt_leaves_the_job_alone_unless_asked(head: Head, copy: Path) -> None:
+    # Whoever runs the suite in the background of a script makes it, and its children, deaf to interrupts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def interrupted(*arguments: str) -> tuple[int, str]:
         client = head.start(copy, UNIGRPO, "submit", *arguments)
         assert client.stdout is not None
