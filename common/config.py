@@ -191,13 +191,27 @@ class Objective(Section):
     """Optimizer steps per pass."""
 
 
+class ParameterGroup(Section):
+    """Parameters with a learning rate of their own."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
+    """Name of the group, in the table of parameters and in the metric grad_norm/NAME."""
+    pattern: str
+    """Which parameters, by name, e.g. "*.embed_tokens.*"; with learner.lora these are the adapters' names."""
+    lr: NonNegative
+    """Their learning rate."""
+
+
 class Optimizer(Section):
-    """AdamW with one learning rate per half."""
+    """AdamW with one learning rate per half, or per named group of parameters."""
 
     lr_reasoning: NonNegative = 3e-4
     """Learning rate of the understanding expert, embeddings and head."""
     lr_denoising: NonNegative = 1e-4
     """Learning rate of the generation expert and the latent projections."""
+    groups: tuple[ParameterGroup, ...] = ()
+    """Groups with learning rates of their own: a parameter is in the first whose pattern fits, or else in its half;
+    `--dry-run` and the run's parameters.txt list which is where."""
     frozen: tuple[str, ...] = ()
     """What stays as it is: the groups reasoning or denoising, or patterns of parameter names such as
     "*.embed_tokens.*"; `--dry-run` prints which parameter falls where."""
@@ -213,7 +227,7 @@ class Optimizer(Section):
     """Learning rate after the warm-up: constant, or a cosine to 0 at the last step."""
 
     def learning_rate_factor(self, step: int, steps: int) -> float:
-        """What both learning rates are multiplied with at a step of a run of `steps`."""
+        """What every learning rate is multiplied with at a step of a run of `steps`."""
         warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
         decay = 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))) if self.schedule == "cosine" else 1.0
         return warm * decay

@@ -14,7 +14,7 @@ SECRET = re.compile(r"(?i)(^|_)(key|token|secret|password)$")
 
 def contradictions(config: TrainConfig) -> Iterator[str]:
     """Every contradiction, in the order in which they should be mended."""
-    for check in (_window, _noise, _guidance, _batch, _replicas, _rewards, _objective):
+    for check in (_window, _noise, _guidance, _batch, _replicas, _rewards, _objective, _groups):
         yield from check(config)
 
 
@@ -116,3 +116,14 @@ def _objective(config: TrainConfig) -> Iterator[str]:
             "chains are the rollout's, not the learner's, and further epochs would clip on the difference: set epochs "
             "to 1 or max_staleness to 0"
         )
+
+
+def _groups(config: TrainConfig) -> Iterator[str]:
+    taken = {"reasoning", "denoising", "frozen"}
+    for place, group in enumerate(config.optimizer.groups):
+        if group.name in taken:
+            yield (
+                f"optimizer.groups.{place}.name is {group.name!r}, which another group of parameters has already; "
+                "give each its own"
+            )
+        taken.add(group.name)

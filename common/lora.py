@@ -34,7 +34,8 @@ def add_adapters(policy: Policy, settings: Lora) -> None:
     for child in policy.children():
         if any(isinstance(m, nn.Linear) and _named(path, names) for path, m in child.named_modules()):
             peft = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=list(names))  # type: ignore[arg-type]
-            inject_adapter_in_model(peft, child, adapter_name=ADAPTER)
+            meta = next(policy.parameters()).is_meta
+            inject_adapter_in_model(peft, child, adapter_name=ADAPTER, low_cpu_mem_usage=meta)
     for role, pairs in policy.parameter_groups().items():
         if not pairs:
             raise ConfigError(

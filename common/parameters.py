@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
+from torch import nn
+
 from common.config import ConfigError, Optimizer
 from common.policy import Policy
 
@@ -30,17 +32,36 @@ def freeze(policy: Policy, patterns: Iterable[str]) -> None:
         raise ConfigError("optimizer.frozen leaves nothing to train; remove an entry")
 
 
+def groups(policy: Policy, optimizer: Optimizer) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """What is trained, by the optimizer's groups, less empty ones: a parameter is in the first of `optimizer.groups`
+    whose pattern fits its name, or else in its half. ConfigError for a pattern that is left without parameters."""
+    halves = policy.parameter_groups()
+    found: dict[str, list[tuple[str, nn.Parameter]]] = {name: [] for name in rates(optimizer)}
+    for half, pairs in halves.items():
+        for name, parameter in pairs:
+            fitting = (group.name for group in optimizer.groups if fnmatchcase(name, group.pattern))
+            found[next(fitting, half)].append((name, parameter))
+    for place, group in enumerate(optimizer.groups):
+        if not found[group.name]:
+            raise ConfigError(
+                f"optimizer.groups.{place}.pattern is {group.pattern!r}, which fits no parameter that is trained and "
+                "in no group before it; correct or remove it (--dry-run without it lists all)"
+            )
+    return {name: pairs for name, pairs in found.items() if pairs}
+
+
 def rates(optimizer: Optimizer) -> dict[str, float]:
     """Base learning rate by group."""
-    return {"reasoning": optimizer.lr_reasoning, "denoising": optimizer.lr_denoising}
+    halves = {"reasoning": optimizer.lr_reasoning, "denoising": optimizer.lr_denoising}
+    return halves | {group.name: group.lr for group in optimizer.groups}
 
 
 def table(policy: Policy, optimizer: Optimizer) -> str:
     """Every group with its rate, size and members, and the rest as frozen, for people; layers are counted."""
-    groups = policy.parameter_groups()
-    trained = {name for pairs in groups.values() for name, _ in pairs}
-    titles = {f"{name}, learning rate {rate:g}": groups.get(name, []) for name, rate in rates(optimizer).items()}
-    titles["frozen"] = [pair for pair in policy.named_parameters() if pair[0] not in trained]
+    trained = groups(policy, optimizer)
+    names = {name for pairs in trained.values() for name, _ in pairs}
+    titles = {f"{name}, learning rate {rate:g}": trained.get(name, []) for name, rate in rates(optimizer).items()}
+    titles["frozen"] = [pair for pair in policy.named_parameters() if pair[0] not in names]
     lines = ["parameters"]
     for title, pairs in titles.items():
         lines.append(f"  {title}: {sum(p.numel() for _, p in pairs):,} in {len(pairs)} tensors")

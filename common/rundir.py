@@ -4,6 +4,7 @@
 
     runs/NAME/
         config.yaml                            the resolved configuration
+        parameters.txt                         which parameter is trained in which group, and at which rate
         metrics.jsonl                          one JSON object per step
         events.jsonl                           one JSON object per event, see common/events.py
         rollouts/step-000010-rank0.parquet     chains, see common/records.py
@@ -81,6 +82,10 @@ class RunDirectory:
     @property
     def config(self) -> Path:
         return self.path / "config.yaml"
+
+    @property
+    def parameters(self) -> Path:
+        return self.path / "parameters.txt"
 
     @property
     def metrics(self) -> Path:

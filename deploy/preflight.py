@@ -85,12 +85,17 @@ def check_inputs(config: TrainConfig, weights: bool = True) -> Inputs:
 
 
 def check_parameters(config: TrainConfig, model: Outline) -> str:
-    """The table of parameter groups; empty where the policy has to be read for it. ConfigError for optimizer.frozen."""
+    """The table of parameter groups; empty where the policy has to be read for it. ConfigError for optimizer.frozen
+    and optimizer.groups, and for learner.lora."""
     from common.parameters import freeze, table
 
     if model.skeleton is None:
         return ""
     policy = model.skeleton()
+    if config.learner.lora:
+        from common.lora import add_adapters
+
+        add_adapters(policy, config.learner.lora)
     freeze(policy, config.optimizer.frozen)
     return table(policy, config.optimizer)
 

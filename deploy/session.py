@@ -18,7 +18,7 @@ from common.metrics import Trackers
 from common.policy import directories
 from common.prompts import PromptOrder
 from common.recipe import to_yaml
-from common.rundir import RunDirectory
+from common.rundir import RunDirectory, replacing
 from common.runtime import check_answers, check_versions, one_line, versions
 from common.types import Prompt
 from deploy import timeline
@@ -158,6 +158,10 @@ def open_session(config: TrainConfig, resume: bool = False) -> Iterator[Session]
         stack.callback(rewards.close)
         learner.wait_ready()
         learner.check_sees(run.config)
+        table = learner.parameters()
+        progress.detail(table)
+        with replacing(run.parameters) as aside:
+            aside.write_text(table + "\n", encoding="utf-8")
         rollout.wait_ready()
         control.follow(rollout)
         stack.callback(control.close)

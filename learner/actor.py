@@ -72,7 +72,7 @@ class LearnerRank:
         if config.learner.activation_checkpointing:
             policy.recompute_activations()
         parameters.freeze(policy, config.optimizer.frozen)
-        groups = {name: pairs for name, pairs in policy.parameter_groups().items() if pairs}
+        groups = parameters.groups(policy, config.optimizer)
         self.rates = {name: rate for name, rate in parameters.rates(config.optimizer).items() if name in groups}
         self.named = [pair for pairs in groups.values() for pair in pairs]
         self.engine = Engine(
@@ -109,6 +109,10 @@ class LearnerRank:
     def misses(self, path: str) -> str | None:
         """This node's name if a path of the driver does not exist here."""
         return None if Path(path).exists() else node_name()
+
+    def parameters(self) -> str:
+        """The table of what is trained at which rate."""
+        return parameters.table(self.checkpoint.policy, self.config.optimizer)
 
     def ping(self) -> int:
         """The version this rank holds."""

@@ -136,6 +136,10 @@ class LearnerGroup:
                 "that all nodes share, or set UNIGRPO_HOME to a directory that they share"
             )
 
+    def parameters(self) -> str:
+        """The table of which parameter is trained in which group, as rank 0 has it."""
+        return str(ray.get(self.ranks[0].parameters.remote(), timeout=self.config.learner.deadline_s))
+
     def update(self, step: int, groups: list[ray.ObjectRef], rewards: NDArray[np.float64]) -> dict[str, float]:
         """One joint update; rewards [B, G]. ObjectLostError, with nothing changed, if a group is on no node any more;
         SelfTestError before the first one if rollout and learner do not agree; NonFiniteError if it went wrong and

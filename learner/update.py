@@ -304,6 +304,8 @@ def metrics_of(sums: dict[str, float]) -> dict[str, float]:
     tokens, windows = sums.get("count/token", 0.0), sums.get("count/window", 0.0)
     chains, steps = sums.get("count/chain", 0.0), sums.get("count/step", 0.0)
 
+    groups = {"reasoning", "denoising"} | {key.rpartition("/")[2] for key in sums if key.startswith("sum/grad_norm/")}
+
     def mean(key: str, count: float, empty: float = 0.0) -> float:
         return sums.get(key, 0.0) / count if count else empty
 
@@ -318,7 +320,6 @@ def metrics_of(sums: dict[str, float]) -> dict[str, float]:
         "image/kl_old": mean("sum/image/kl_old", chains),
         "image/velocity_mse": mean("sum/image/velocity_mse", chains),
         "image/velocity_diff_rollout": mean("sum/image/velocity_diff", chains),
-        "grad_norm/reasoning": mean("sum/grad_norm/reasoning", steps),
-        "grad_norm/denoising": mean("sum/grad_norm/denoising", steps),
+        **{f"grad_norm/{name}": mean(f"sum/grad_norm/{name}", steps) for name in groups},
         "loss/nonfinite": sums.get("sum/nonfinite", 0.0),
     }

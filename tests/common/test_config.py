@@ -105,6 +105,14 @@ def test_unknown_keys_are_named_with_the_closest_known_one(data: dict[str, Any],
             {"objective": {"epochs": 2}, "max_staleness": 1},
             ["objective.epochs is 2 but max_staleness is 1", "old means of stale chains", "max_staleness to 0"],
         ),
+        (
+            {"optimizer": {"groups": [{"name": n, "pattern": "*", "lr": 0} for n in ("a", "a")]}},
+            ["optimizer.groups.1.name is 'a'", "give each its own"],
+        ),
+        (
+            {"optimizer": {"groups": [{"name": "denoising", "pattern": "*", "lr": 0}]}},
+            ["optimizer.groups.0.name is 'denoising'", "another group of parameters has already"],
+        ),
     ],
 )
 def test_arithmetic_that_does_not_work_out(data: dict[str, Any], words: list[str]) -> None:

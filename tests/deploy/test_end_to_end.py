@@ -70,6 +70,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     output = process.communicate(timeout=280)[0]
     assert process.returncode == 0, output[-6000:]
     assert "report:" in output
+    table = whole.parameters.read_text()
+    assert "  reasoning, learning rate 0.0001: " in table and table in output
     return whole
 
 

@@ -129,3 +129,8 @@ def test_what_is_frozen_is_checked_and_shown() -> None:
     assert "denoising, learning rate" in check_inputs(config_with()).parameters
     with pytest.raises(ConfigError, match=r"optimizer.frozen names 'embeding', which is neither a group"):
         check_inputs(config_with(optimizer={"frozen": ["embeding"]}))
+    group = {"name": "a", "lr": 1e-6}
+    named = {"groups": [group | {"pattern": "*embed_tokens*"}]}
+    assert "  a, learning rate 1e-06: " in check_inputs(config_with(optimizer=named)).parameters
+    with pytest.raises(ConfigError, match=r"groups\.0\.pattern is '\*embed_tokens\*', which fits no parameter"):
+        check_inputs(config_with(optimizer=named, learner={"lora": {}}))

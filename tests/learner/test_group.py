@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
+import torch
 from chains import make_chains
 from golden_numbers import CHECKPOINT
 from safetensors.torch import load_file
@@ -37,6 +38,8 @@ def config() -> TrainConfig:
         "checkpoints.keep=1",
         "self_test=false",  # these chains were not made by a rollout
         "learner.deadline_s=200",
+        # Groups of parameters of their own, one of which stays where it is.
+        "optimizer.groups=[{name: still, pattern: '*embed_tok*', lr: 0}, {name: ends, pattern: '*llm2vae*', lr: 1e-3}]",
     ]
     return load_config("shapes", overrides)
 
@@ -69,7 +72,10 @@ def test_a_lost_rank_a_full_disk_and_another_number_of_ranks(
 ) -> None:
     chains = make_chains(golden_checkpoint, 4)
     refs = [ray.put(Group(Prompt(str(b), "p", {}), 0, tuple(chains[2 * b : 2 * b + 2]))) for b in range(2)]
-    assert group.update(0, refs, REWARDS)["weights/version"] == 1
+    assert "  ends, learning rate 0.001: " in group.parameters()
+    metrics = group.update(0, refs, REWARDS)
+    assert metrics["weights/version"] == 1
+    assert all(metrics[f"grad_norm/{name}"] > 0 for name in ("reasoning", "denoising", "still", "ends"))
     first = tmp_path / "step-000001"
     group.save(first, {"step": 1, "reward": 0.5}, {4: refs})
     assert group.update(1, refs, REWARDS)["weights/version"] == 2
@@ -86,6 +92,12 @@ def test_a_lost_rank_a_full_disk_and_another_number_of_ranks(
     found = run_checkpoint.newest_whole(tmp_path)
     assert found is not None and found[1]["weights_version"] == 1
     assert found[1]["reference"] == run_checkpoint.identity([CHECKPOINT])
+    start, one = (load_file(path / "ema.safetensors") for path in (CHECKPOINT, first / "policy"))
+    # Masters begin as what the learner computes with.
+    begun = {name: tensor.to(getattr(torch, config.learner.dtype)) for name, tensor in start.items()}
+    moved = {name: (one[name] - begun[name].float()).abs().max().item() for name in one}
+    assert moved["language_model.model.embed_tokens.weight"] == 0
+    assert moved["llm2vae.weight"] > 10 * moved["vae2llm.weight"] > 0, "Adam's first step is its rate"
 
     # A killed rank is heard of at once, though the other one waits for it in a collective.
     os.kill(ray.get(group.ranks[1].pid.remote()), signal.SIGKILL)

@@ -8,8 +8,9 @@ from golden_numbers import CHECKPOINT
 
 from common.bagel import checkpoint as store
 from common.bagel.checkpoint import Checkpoint
-from common.config import ConfigError, Model, Optimizer
-from common.parameters import freeze, table
+from common.config import ConfigError, Lora, Model, Optimizer, ParameterGroup
+from common.lora import add_adapters
+from common.parameters import freeze, groups, rates, table
 from common.policy import outline
 from learner.update import Updater
 
@@ -48,6 +49,58 @@ def test_every_parameter_is_in_exactly_one_part_of_the_table() -> None:
 def test_what_cannot_be_frozen(patterns: list[str], words: str) -> None:
     with pytest.raises(ConfigError, match=f"optimizer.frozen {words}"):
         freeze(store.load(CHECKPOINT).policy, patterns)
+
+
+def optimizer(*named: tuple[str, str, float], **fields: object) -> Optimizer:
+    entries = tuple(ParameterGroup(name=name, pattern=pattern, lr=lr) for name, pattern, lr in named)
+    return Optimizer(groups=entries, **fields)  # type: ignore[arg-type]
+
+
+def test_the_first_pattern_that_fits_has_a_parameter_and_the_halves_have_the_rest() -> None:
+    policy = store.load(CHECKPOINT).policy
+    freeze(policy, ["*.layers.0.*"])
+    asked = optimizer(("ends", "*llm2vae*", 1e-3), ("experts", "*_moe_gen.*", 2e-3), ("gates", "*.gate_proj.*", 3e-3))
+    found = {name: {n for n, _ in pairs} for name, pairs in groups(policy, asked).items()}
+    assert list(found) == list(rates(asked)) == ["reasoning", "denoising", "ends", "experts", "gates"]
+    trained = [name for name, p in policy.named_parameters() if p.requires_grad]
+    assert sorted(trained) == sorted(name for names in found.values() for name in names), "each exactly once"
+    assert found["ends"] == {"llm2vae.weight", "llm2vae.bias"}
+    assert found["experts"] == {name for name in trained if "_moe_gen." in name} - found["ends"]
+    assert found["gates"] == {name for name in trained if ".mlp.gate_proj." in name}, "the experts' own came first"
+    halves = {half: {n for n, _ in pairs} for half, pairs in policy.parameter_groups().items()}
+    assert found["reasoning"] == halves["reasoning"] - found["gates"]
+    assert found["denoising"] == halves["denoising"] - found["ends"] - found["experts"]
+    assert "  gates, learning rate 0.003: " in table(policy, asked)
+
+
+@pytest.mark.parametrize(
+    ("named", "place"),
+    [
+        ([("a", "*no_such_name*", 1.0)], 0),
+        ([("a", "*_moe_gen.*", 1.0), ("b", "*.mlp_moe_gen.*", 1.0)], 1),
+        ([("a", "*.weight", 1.0), ("b", "*.layers.0.*.bias", 1.0)], 1),
+    ],
+)
+def test_a_group_that_would_be_empty_is_refused(named: list[tuple[str, str, float]], place: int) -> None:
+    """Nothing has the name; a group before it took all; what it fits is frozen."""
+    policy = store.load(CHECKPOINT).policy
+    freeze(policy, ["*.layers.0.*"])
+    with pytest.raises(ConfigError, match=rf"groups\.{place}\.pattern is .*fits no parameter .*in no group before"):
+        groups(policy, optimizer(*named))
+
+
+def test_groups_of_adapters() -> None:
+    """With LoRA the trained names are the adapters', and only they are in the table's groups."""
+    skeleton = outline(Model(path=str(CHECKPOINT))).skeleton
+    assert skeleton is not None
+    policy = skeleton()
+    add_adapters(policy, Lora(rank=2))
+    assert {p.device.type for p in policy.parameters()} == {"meta"}
+    found = groups(policy, optimizer(("values", "*.v_proj.lora_*", 1e-3)))
+    assert found.keys() == {"reasoning", "denoising", "values"}
+    assert all("lora_" in name for pairs in found.values() for name, _ in pairs)
+    assert {name.split(".lora_")[0].rpartition(".")[2] for name, _ in found["values"]} == {"v_proj"}
+    assert "v_proj_moe_gen.lora_A" in str([name for name, _ in found["denoising"]])
 
 
 @pytest.mark.usefixtures("one_rank")
