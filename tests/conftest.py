@@ -17,6 +17,11 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # before ray is
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # Ray on loopback only, likewise
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What looks at all that the other tests did comes last."""
+    items.sort(key=lambda item: item.path.name == "test_golden_is_read.py")
+
+
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
     """A Ray of two CPUs on this machine, for the whole session."""

@@ -23,11 +23,38 @@ CHECKPOINT = GOLDEN / "ckpt"
 ATOL, RTOL, SQUARES, COMBINED = 5e-5, 1e-4, 2e-4, 2e-4
 
 
+READ: dict[str, set[str]] = {}
+"""File -> the arrays that tests have asked for by name so far."""
+
+
+class Arrays(dict[str, Any]):
+    """The arrays of one file. Asking for one by name is noted in READ; going through all of them is not."""
+
+    def __init__(self, file: str, arrays: dict[str, Any]) -> None:
+        super().__init__(arrays)
+        self.read = READ.setdefault(file, set())
+
+    def __getitem__(self, name: str) -> Any:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            return default
+
+
 @cache
 def golden(name: str) -> dict[str, NDArray[Any]]:
     """All arrays of one file, e.g. "bagel/text.npz"."""
     with np.load(GOLDEN / name) as file:
-        return {key: file[key] for key in file.files}
+        return Arrays(name, {key: file[key] for key in file.files})
+
+
+def tensors(name: str) -> dict[str, torch.Tensor]:
+    """The same as tensors, of their own memory."""
+    return Arrays(name, {key: tensor(array) for key, array in golden(name).items()})
 
 
 @cache

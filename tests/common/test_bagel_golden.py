@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -224,22 +225,24 @@ def test_decoding_starts_behind_the_context_and_strings_drift(golden_checkpoint:
 @pytest.mark.parametrize("size", SIZES)
 def test_a_noised_image_lies_as_the_references(policy: BagelPolicy, golden_checkpoint: Checkpoint, size: str) -> None:
     """Markers around the latents, all at one rope position, behind the cached context."""
-    numbers = {
-        key.removeprefix(f"{size}_"): a for key, a in golden("bagel/velocity.npz").items() if key.startswith(size)
-    }
-    context, grid = policy.prefill([think_context()]), tuple(numbers["grid_hw"].tolist())
+    recorded = golden("bagel/velocity.npz")
+
+    def numbers(name: str) -> list[Any]:
+        return recorded[f"{size}_{name}"].tolist()
+
+    context, grid = policy.prefill([think_context()]), tuple(numbers("grid_hw"))
     n, cached = grid[0] * grid[1], context.present.sum().item()
-    assert golden_checkpoint.config.grid(*numbers["image_hw"].tolist()) == grid
-    assert numbers["packed_text_ids"].tolist() == list(policy.markers)
-    assert numbers["packed_text_indexes"].tolist() == [0, n + 1]
-    assert numbers["packed_vae_token_indexes"].tolist() == list(range(1, n + 1))
+    assert golden_checkpoint.config.grid(*numbers("image_hw")) == grid
+    assert numbers("packed_text_ids") == list(policy.markers)
+    assert numbers("packed_text_indexes") == [0, n + 1]
+    assert numbers("packed_vae_token_indexes") == list(range(1, n + 1))
     at = places(grid, golden_checkpoint.config.max_latent_size, policy.device)
-    assert at.tolist() == numbers["packed_vae_position_ids"].tolist()
-    assert set(numbers["packed_position_ids"].tolist()) == set(context.position.tolist())
-    assert numbers["packed_seqlens"].tolist() == [n + 2]
-    assert numbers["key_values_lens"].tolist() == [cached]
-    assert numbers["packed_key_value_indexes"].tolist() == list(range(cached))
-    assert numbers["packed_indexes"].tolist() == list(range(cached, cached + n + 2))
+    assert at.tolist() == numbers("packed_vae_position_ids")
+    assert set(numbers("packed_position_ids")) == set(context.position.tolist())
+    assert numbers("packed_seqlens") == [n + 2]
+    assert numbers("key_values_lens") == [cached]
+    assert numbers("packed_key_value_indexes") == list(range(cached))
+    assert numbers("packed_indexes") == list(range(cached, cached + n + 2))
 
 
 def test_hidden_states_of_a_noised_image(policy: BagelPolicy, monkeypatch: pytest.MonkeyPatch) -> None:

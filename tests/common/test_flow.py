@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from golden_numbers import close, golden, tensor
+from golden_numbers import close, golden, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +18,7 @@ LEVELS = ("0.8", "0.7")
 
 
 def steps() -> dict[str, torch.Tensor]:
-    return {name: tensor(array) for name, array in golden("flowgrpo/sde_steps.npz").items()}
+    return tensors("flowgrpo/sde_steps.npz")
 
 
 @pytest.mark.parametrize(("file", "name"), [("flowgrpo/sde_steps.npz", "sigmas"), ("bagel/ode.npz", "timesteps")])

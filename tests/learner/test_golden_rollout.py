@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from golden_numbers import CHECKPOINT, GOLDEN, close, golden, tensor
+from golden_numbers import CHECKPOINT, GOLDEN, close, tensors
 
 from common import flow
 from common.bagel import checkpoint as store
@@ -32,7 +32,7 @@ def policy() -> BagelPolicy:
 def test_replayed_window(policy: BagelPolicy, case: str) -> None:
     """The rollout's numbers are the old policy; `scaled` is a policy whose generation expert has grown by a tenth."""
     factor, clip = CASES[case]
-    numbers = {name: tensor(array) for name, array in golden("flowgrpo/rollout.npz").items()}
+    numbers = tensors("flowgrpo/rollout.npz")
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
             if "_moe_gen" in name:

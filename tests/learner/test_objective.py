@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from golden_numbers import close, golden, tensor
+from golden_numbers import close, golden, tensor, tensors
 
 from common import flow
 from learner.objective import (
@@ -141,7 +141,7 @@ def test_importance_weights_are_capped_constants() -> None:
 
 def image_case() -> tuple[dict[str, torch.Tensor], flow.StepCoefficients]:
     """Recorded tensors and the coefficients of the recorded steps, with the noise level that explains their std."""
-    numbers = {name: tensor(array) for name, array in golden("flowgrpo/unigrpo_image.npz").items()}
+    numbers = tensors("flowgrpo/unigrpo_image.npz")
     t, t_next = numbers["sigmas"][numbers["steps"]], numbers["sigmas"][numbers["steps"] + 1]
     level = (numbers["std_var"] / flow.sde_step(t, t_next, 1.0).std).mean().item()
     return numbers, flow.sde_step(t, t_next, level)
@@ -155,6 +155,7 @@ def test_recorded_means_and_log_probs() -> None:
         mean = flow.mean_of(move, x, numbers[velocity])
         close(mean, numbers[f"{which}_mean"])
         close(flow.step_log_prob(x_next, mean, move.std), numbers[f"{which}_logp"])
+    close(x_next, numbers["old_mean"] + move.std[:, None, None] * numbers["noise"])
     found = flow.ratio_norm_log(x_next, numbers["old_mean"], numbers["new_mean"], move.std)
     close(found, numbers["log_ratio_norm_f64"], atol=1e-7, rtol=1e-3)
 
@@ -196,8 +197,8 @@ def test_recorded_image_losses_and_gradients(
 def test_guard_losses(level: str) -> None:
     """GRPO-Guard's script on every step: its clip is 3e-4, and its loss is divided by -dt, which is our re-weight
     times the mean of 1/dt. Called over a batch, it gives all samples the batch's mean bias."""
-    s = {name: tensor(array) for name, array in golden("flowgrpo/sde_steps.npz").items()}
-    guard = {name: tensor(array) for name, array in golden("flowgrpo/guard.npz").items()}
+    s = tensors("flowgrpo/sde_steps.npz")
+    guard = tensors("flowgrpo/guard.npz")
     bound = guard["adv_clip_max"].item()
     std = s[f"sde_{level}_std"] * s[f"sde_{level}_sqrt_dt"]
     advantage = guard["advantages"].clamp(-bound, bound)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from golden_numbers import GOLDEN
+from golden_numbers import GOLDEN, golden
 from safetensors.torch import load_file
 
 from rollout.reasoner import Completion, Reasoner, write_reasoner_dir
@@ -100,7 +100,7 @@ def rescoring_error(reasoner: Reasoner, prompts: list[list[int]], completions: l
 def test_starts_with_the_weights_of_its_directory(
     engine: Reasoner, llm_config: dict[str, Any], weights: Weights
 ) -> None:
-    text = np.load(GOLDEN / "bagel/text.npz")
+    text = golden("bagel/text.npz")
     ids, logprobs = text["c_ids"].tolist(), text["c_logprobs"]
     expected = reference_scores(llm_config, weights, ids)
     if not llm_config["tie_word_embeddings"]:
