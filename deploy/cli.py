@@ -223,16 +223,22 @@ def reproduce(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Cells and figures; the page is OUT.md. docs/reproduction.")] = None,
 ) -> None:
-    """Run the paper's rows and ablations, each in several seeds, and write the page that compares them."""
-    from deploy.reproduce import Plan, check_rows, default_out
-    from deploy.reproduce import reproduce as run
+    """Run the paper's rows and ablations, each in several seeds, and write the page that compares them; finished cells
+    are kept, and a cell that was cut short goes on."""
+    from deploy.reproduction.command import ReproductionError
+    from deploy.reproduction.command import reproduce as run
+    from deploy.reproduction.rows import Plan, check_rows, default_out
 
     numbers = seeds.split(",")
     if not all(number.strip().isdigit() for number in numbers):
         raise ConfigError(f"--seeds is {seeds!r}; give numbers such as 0,1,2")
     chosen = check_rows([row.strip() for row in rows.split(",") if row.strip()])
     plan = Plan(chosen, tuple(map(int, numbers)), steps, tuple(overrides or ()), out or default_out())
-    typer.echo(str(run(plan)))
+    try:
+        typer.echo(str(run(plan, typer.echo)))
+    except ReproductionError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
 
 
 @app.command()

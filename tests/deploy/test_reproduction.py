@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +14,26 @@ from PIL import Image
 
 from common.config import ConfigError
 from common.rundir import RunDirectory, dump_json
-from deploy.reproduce import ROWS, TASKS, Cell, Plan, check_rows, finished, origin, run_cell, seeds_of, stages
-from deploy.reproduction_page import read_cells, score, write_page
+from deploy.reproduction.cells import Cell, cell_file, minutes_left, missing, read_cells
+from deploy.reproduction.command import ReproductionError, reproduce, run_cell
+from deploy.reproduction.page import score, to_markdown, write_page
+from deploy.reproduction.rows import ROWS, TASKS, Plan, check_rows, origin, stages
 
 
-def _cell(row: str, seed: int, rate: float, steps: int = 30, prompts: int = 70) -> Cell:
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    return Plan(tuple(ROWS), (0, 1), 30, (), tmp_path / "page")
+
+
+def _cell(row: str, seed: int, rate: float, plan: Plan | None = None, prompts: int = 70, steps: int = 30) -> Cell:
     rng = np.random.default_rng([seed, int(100 * rate)])
     strict = rng.binomial(4, rate, prompts)
     return {
         "row": row,
         "seed": seed,
-        "origin": {"steps": [steps]},
+        "origin": origin(plan, row) if plan else {"steps": [steps]},
         "minutes": 7.0,
+        "wall_minutes": 8.0,
         "finished": "2026-01-02",
         "machine": "a machine, 2 CPUs",
         "result": {
@@ -41,15 +50,10 @@ def _cell(row: str, seed: int, rate: float, steps: int = 30, prompts: int = 70) 
     }
 
 
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    (tmp_path / "page" / "cells").mkdir(parents=True)
-    return tmp_path / "page"
-
-
-def _store(out: Path, *cells: Cell) -> None:
+def _store(plan: Plan, *cells: Cell) -> None:
+    (plan.out / "cells").mkdir(parents=True, exist_ok=True)
     for cell in cells:
-        (out / "cells" / f"{cell['row']}-seed{cell['seed']}.json").write_bytes(dump_json(cell))
+        cell_file(plan, cell["row"], cell["seed"]).write_bytes(dump_json(cell))
 
 
 def test_numbers_by_hand() -> None:
@@ -74,33 +78,41 @@ def test_intervals_cover_seeds_and_prompts() -> None:
     assert narrow.low < narrow.mean < narrow.high
 
 
-def test_page_holds_whatever_cells_there_are(out: Path) -> None:
+def test_page_holds_whatever_cells_there_are(plan: Plan) -> None:
     rates = {"sft-think": 0.4, "textgrpo": 0.6, "unigrpo": 0.85, "learned-none": 0.3}
-    _store(out, *(_cell(row, seed, rate) for row, rate in rates.items() for seed in (1, 0)))
-    page = write_page(out)
-    assert page == out.with_suffix(".md")
+    _store(plan, *(_cell(row, seed, rate, plan) for row, rate in rates.items() for seed in (1, 0)))
+    cell_file(plan, "textgrpo", 1).unlink()
+    page = write_page(plan, read_cells(plan))
+    assert page == plan.out.with_suffix(".md")
     text = page.read_text()
-    scores = {row: score(cells) for row, cells in read_cells(out).items()}
+    scores = {row: score(cells) for row, cells in read_cells(plan).cells.items()}
     assert list(scores) == list(rates)  # the order of ROWS
     assert f"| UniGRPO | {scores['unigrpo'].ta} | 83.8 | {scores['unigrpo'].overall} | 90 | 2 | 30 in 7 min |" in text
-    assert "| Learned reward, no regulariser |" in text and "ReFL, thinking" not in text
+    assert "| ReFL, thinking | missing | 81.2 | missing | 84 | 0 | – |" in text
+    gaps = next(line for line in text.splitlines() if line.startswith("- Missing: "))
+    assert "TextGRPO (seeds 1);" in gaps and "SFT, no thinking (seeds 0);" in gaps and "UniGRPO (" not in gaps
     removed = 1 - (1 - scores["unigrpo"].overall.mean) / (1 - scores["sft-think"].overall.mean)
     assert f"removes {100 * removed:.0f} % of the strict error" in text
     assert "is TextGRPO" in text and "does not overlap" in text
+    assert "accuracy: UniGRPO > TextGRPO > SFT, thinking > Learned reward, no regulariser." in text
     row = next(line for line in text.splitlines() if line.startswith("| TextGRPO") and "(" in line)
     assert row.split(" | ")[1] == f"{100 * scores['textgrpo'].tasks['single_object'].mean:.1f} (99)"
-    assert "a machine, 2 CPUs: 8 cells, 56 minutes" in text
-    for figure in ("curves", "regulariser"):
-        assert f"({out.name}/{figure}.png)" in text
-        with Image.open(out / f"{figure}.png") as picture:
+    assert "a machine, 2 CPUs: 7 cells, 49 minutes" in text
+    # The budget of two stages, and which guidance a row is judged with.
+    assert "- FlowGRPO, then TextGRPO: 30 + 30 = 60 steps in all." in text
+    assert "- UniGRPO, CFG in training: evaluated as it is trained, with text scale 2; the others without." in text
+    assert "| Learned reward, no regulariser | 30.0 → 30.0 | 30.0 → 30.0 |" in text
+    for figure in ("curves", "ablations", "regulariser"):
+        assert f"({plan.out.name}/{figure}.png)" in text
+        with Image.open(plan.out / f"{figure}.png") as picture:
             assert len(np.unique(np.asarray(picture))) > 10
 
 
-def test_page_without_trained_cells_has_no_figures(out: Path) -> None:
-    cell = _cell("sft", 0, 0.3)
-    cell.update(origin={"steps": [0]}, minutes=0.0, curves={key: [] for key in cell["curves"]})
-    _store(out, cell)
-    text = write_page(out).read_text()
+def test_page_without_trained_cells_has_no_figures(plan: Plan) -> None:
+    cell = _cell("sft", 0, 0.3, plan)
+    cell.update(minutes=0.0, curves={key: [] for key in cell["curves"]})
+    _store(plan, cell)
+    text = write_page(plan, read_cells(plan)).read_text()
     assert "| 1 | evaluated only |" in text and "![" not in text
 
 
@@ -111,7 +123,8 @@ def test_every_row_resolves_and_later_stages_start_from_earlier_ones(tmp_path: P
         assert all(c.data.group_size == 4 and c.seed == 1 and c.steps in (0, 5) and not c.max_minutes for c in configs)
         # The truth is in every row, so that all are measured alike.
         assert all("shapes" in {scorer.name for scorer in c.rewards} for c in configs)
-        assert seeds_of(plan, row) == ((0, 1, 2) if configs[0].steps else (0,))
+        asked = [seed for name, seed in missing(plan, read_cells(plan)) if name == row]
+        assert asked == ([0, 1, 2] if configs[0].steps else [0])
     first, second = stages(plan, "two-stage", 2)
     assert second.model.path == str(first.directory / "checkpoints" / "step-000005" / "policy")
     assert first.run_name != second.run_name
@@ -119,26 +132,68 @@ def test_every_row_resolves_and_later_stages_start_from_earlier_ones(tmp_path: P
         check_rows(["unigrp"])
 
 
-def test_a_cell_of_another_plan_is_not_taken_for_this_one(out: Path) -> None:
-    plan, cell = Plan(("unigrpo",), (0, 1), 30, (), out), _cell("unigrpo", 0, 0.5)
-    cell["origin"] = origin(plan, "unigrpo", 0)
-    _store(out, cell)
-    assert finished(plan, "unigrpo", 0) == cell
-    assert finished(plan, "unigrpo", 1) is None
-    for steps, overrides, word in ((20, (), "steps"), (30, ("data.group_size=4",), "overrides")):
-        with pytest.raises(ConfigError, match=f"was made with {word}"):
-            finished(Plan(("unigrpo",), (0,), steps, overrides, out), "unigrpo", 0)
-    for key in ("recipe", "start"):
-        _store(out, cell | {"origin": cell["origin"] | {key: "another"}})
-        with pytest.raises(ConfigError, match=f"was made with {key} another"):
-            finished(plan, "unigrpo", 0)
+def test_the_regularisers_rows_differ_in_the_regulariser_alone(plan: Plan) -> None:
+    told = [stages(plan, row, 0)[0].model_dump() for row in ROWS if row.startswith("learned-")]
+    for config in told:
+        config.pop("run_name"), config.pop("runs_dir")
+        config["objective"].pop("regulariser"), config["objective"].pop("regulariser_weight")
+    assert len(told) == 3 and told[0] == told[1] == told[2]
+
+
+def test_a_stale_cell_is_named_not_counted_and_run_again(plan: Plan) -> None:
+    good, other = _cell("unigrpo", 0, 0.5, plan), _cell("unigrpo", 1, 0.1, plan)
+    plan = replace(plan, rows=("unigrpo",))
+    for key in ("steps", "recipe", "start", "data"):
+        _store(plan, good, other | {"origin": other["origin"] | {key: "another"}})
+        stored = read_cells(plan)
+        assert stored.stale == {("unigrpo", 1): key}
+        assert stored.cells == {"unigrpo": [good]}
+        assert missing(plan, stored) == [("unigrpo", 1)]
+        assert f"not counted: unigrpo seed 1 (another {key})." in to_markdown(plan, stored, [])
+    # Other steps and other settings make all of them stale; how many actors there are does not.
+    _store(plan, good, other)
+    for changes, stale in (
+        ({"steps": 20}, "steps"),
+        ({"overrides": ("data.group_size=4",)}, "recipe"),
+        ({"overrides": ("model.path=tests/golden/ckpt",)}, "start"),
+    ):
+        assert set(read_cells(replace(plan, **changes)).stale.values()) == {stale}
+        assert stages(replace(plan, **changes), "unigrpo", 0)[0].runs_dir != stages(plan, "unigrpo", 0)[0].runs_dir
+    assert read_cells(replace(plan, overrides=("rollout.replicas=1", "learner.ranks=1"))).stale == {}
+    (plan.out / "cells" / "odd.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"odd\.json is not a cell .*remove it"):
+        read_cells(plan)
+
+
+def test_time_left_goes_by_row_or_by_steps(plan: Plan) -> None:
+    left = [("unigrpo", 1), ("two-stage", 0)]
+    assert minutes_left(plan, read_cells(plan), left) is None
+    _store(plan, _cell("unigrpo", 0, 0.5, plan), _cell("sft", 0, 0.5, plan) | {"wall_minutes": 1.0})
+    assert minutes_left(plan, read_cells(plan), left) == pytest.approx(8 + 2 * 8)
+    assert minutes_left(plan, read_cells(plan), [("sft", 0), ("sft-think", 0)]) == pytest.approx(1 + 0)
+
+
+def test_a_cell_that_fails_costs_no_other(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, said = replace(plan, rows=("textgrpo", "unigrpo"), seeds=(0,)), []
+
+    def run(plan: Plan, row: str, seed: int) -> Cell:
+        if row == "textgrpo":
+            raise RuntimeError("no room")
+        return _cell(row, seed, 0.5, plan)
+
+    monkeypatch.setattr("deploy.reproduction.command.run_cell", run)
+    with pytest.raises(ReproductionError, match=r"1 cells failed; .* textgrpo seed 0: RuntimeError: no room"):
+        reproduce(plan, said.append)
+    assert list(read_cells(plan).cells) == ["unigrpo"]
+    assert said[0] == "cell 1 of 2: textgrpo seed 0; an unknown time left"
+    assert plan.out.with_suffix(".md").exists()
 
 
 def test_an_unfinished_run_of_other_settings_is_not_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UNIGRPO_HOME", str(tmp_path))
     plan = Plan(("sft",), (0,), None, (), tmp_path)
     (config,) = stages(plan, "sft", 0)
-    RunDirectory(config.directory).create("steps: 1\n")
+    RunDirectory(config.directory).create("steps: 1\n")  # by hand: a directory is named after what is run in it
     with pytest.raises(ConfigError, match="is a run of other settings; remove it"):
         run_cell(plan, "sft", 0)
 

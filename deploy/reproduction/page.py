@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,11 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from common.rundir import replacing
-from deploy.reproduce import ROWS, TASKS, Cell
+from deploy.reproduction.cells import Cell, Stored, missing
+from deploy.reproduction.rows import ROWS, TASKS, Plan, settings
 
 RESAMPLES = 4000
-MAIN = ("refl-think", "flowgrpo-think", "textgrpo", "unigrpo")
+STRICT, TA, REWARD = "reward/shapes/strict", "reward/shapes/ta", "reward/mean"
 LEARNED = ("learned-none", "learned-latent-kl", "learned-velocity-mse")
 
 
@@ -76,36 +76,59 @@ def _estimate(values: NDArray[np.float64]) -> Estimate:
     return Estimate(float(values[0]), float(low), float(high))
 
 
-def read_cells(out: Path) -> dict[str, list[Cell]]:
-    """Stored cells by row, in the order of ROWS, seeds ascending."""
-    cells = [json.loads(path.read_bytes()) for path in sorted((out / "cells").glob("*.json"))]
-    found = {row: sorted((c for c in cells if c["row"] == row), key=lambda c: c["seed"]) for row in ROWS}
-    return {row: of_row for row, of_row in found.items() if of_row}
+@dataclass(frozen=True)
+class FigureOf:
+    """Curves of some rows, one panel per metric."""
+
+    title: str
+    text: str
+    rows: tuple[str, ...]
+    panels: Mapping[str, str]
 
 
-def write_page(out: Path) -> Path:
-    """Writes OUT.md beside the directory `out`, and the figures into it."""
-    rows = read_cells(out)
-    scores = {row: score(cells) for row, cells in rows.items()}
-    figures = [
-        draw(out / f"{name}.png", {row: rows[row] for row in chosen if row in rows}, panels)
-        for name, chosen, panels in (
-            ("curves", MAIN, {"Training reward, strict": "reward/shapes/strict", "TA-like": "reward/shapes/ta"}),
-            ("regulariser", LEARNED, {"Learned reward": "reward/mean", "Truth, strict": "reward/shapes/strict"}),
+FIGURES = {
+    "curves": FigureOf(
+        "Training curves",
+        "Mean over seeds, smoothed over 10 steps; the band is the range over seeds.",
+        ("refl-think", "flowgrpo-think", "textgrpo", "unigrpo"),
+        {"Training images, strict": STRICT, "TA-like": TA},
+    ),
+    "ablations": FigureOf(
+        "Guidance in training, and the image gradient into the reasoning expert",
+        "As above. With guidance the training images are guided, too.",
+        ("unigrpo", "cfg", "no-image-gradient"),
+        {"Training images, strict": STRICT, "TA-like": TA},
+    ),
+    "regulariser": FigureOf(
+        "Regularisers under a reward that can be hacked",
+        "The reward is the learned scorer; the strict detector is not trained on.",
+        LEARNED,
+        {"Learned reward": REWARD, "Truth, strict": STRICT},
+    ),
+}
+
+
+def write_page(plan: Plan, stored: Stored) -> Path:
+    """Writes OUT.md beside the plan's directory, and the figures into it."""
+    drawn = {
+        name: draw(
+            plan.out / f"{name}.png", {row: stored.cells[row] for row in of.rows if row in stored.cells}, of.panels
         )
-    ]
-    page = out.with_suffix(".md")
+        for name, of in FIGURES.items()
+    }
+    page = plan.out.with_suffix(".md")
     with replacing(page) as aside:
-        aside.write_text(to_markdown(scores, [path for path in figures if path], out.name), encoding="utf-8")
+        aside.write_text(to_markdown(plan, stored, [name for name, path in drawn.items() if path]), encoding="utf-8")
     return page
 
 
-def to_markdown(scores: Mapping[str, Score], figures: Sequence[Path], folder: str) -> str:
+def to_markdown(plan: Plan, stored: Stored, figures: Sequence[str]) -> str:
     """The page. Numbers of this project in percent with intervals, the paper's beside them."""
+    scores = {row: score(cells) for row, cells in stored.cells.items()}
     parts = [
         "# The paper's rows and ablations, in small",
         "",
-        "    unigrpo reproduce        # continues from the cells in docs/reproduction/cells",
+        f"    {plan.command}        # continues from the cells in {plan.out.name}/cells",
         "",
         "Shapes instead of GenEval and TA's prompts, a 2.3 M policy instead of BAGEL: only the order of rows can be "
         "compared. Intervals: 95 % bootstrap over seeds and, within each task, prompts. Overall is the mean of the "
@@ -113,24 +136,20 @@ def to_markdown(scores: Mapping[str, Score], figures: Sequence[Path], folder: st
         "",
         *_overall(scores),
         "",
+        *_budgets(plan),
+        *_gaps(plan, stored),
+        "",
         *_findings(scores),
         "## Strict accuracy by task",
         "",
         *_tasks(scores),
     ]
-    for path in figures:
-        title, text = FIGURES[path.stem]
-        parts += ["", f"## {title}", "", text, "", f"![{title}]({folder}/{path.name})"]
+    for name in figures:
+        of = FIGURES[name]
+        parts += ["", f"## {of.title}", "", of.text, "", f"![{of.title}]({plan.out.name}/{name}.png)"]
+        if name == "regulariser":
+            parts += ["", *_hacked(stored)]
     return "\n".join([*parts, "", "## Machines", "", *_machines(scores)]) + "\n"
-
-
-FIGURES = {
-    "curves": ("Training curves", "Mean over seeds, smoothed over 10 steps; the band is the range over seeds."),
-    "regulariser": (
-        "Regularisers under a reward that can be hacked",
-        "The reward is the learned scorer; the strict detector is not trained on.",
-    ),
-}
 
 
 def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
@@ -139,23 +158,70 @@ def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
 
 def _overall(scores: Mapping[str, Score]) -> list[str]:
     lines = []
-    for row, found in scores.items():
-        paper = ROWS[row].paper
-        per_cell = " + ".join(str(steps) for steps in found.cells[0]["origin"]["steps"])
+    for row, about in ROWS.items():
+        theirs = [f"{100 * about.paper[0]:.1f}", f"{100 * about.paper[1]:.0f}"] if about.paper else ["–", "–"]
+        if row not in scores:
+            lines.append([about.title, "missing", theirs[0], "missing", theirs[1], "0", "–"])
+            continue
+        found = scores[row]
+        steps = " + ".join(str(steps) for steps in found.cells[0]["origin"]["steps"])
         minutes = np.mean([cell["minutes"] for cell in found.cells])
         lines.append(
             [
-                ROWS[row].title,
+                about.title,
                 str(found.ta),
-                f"{100 * paper[0]:.1f}" if paper else "–",
+                theirs[0],
                 str(found.overall),
-                f"{100 * paper[1]:.0f}" if paper else "–",
+                theirs[1],
                 str(len(found.cells)),
-                f"{per_cell} in {minutes:.0f} min" if minutes else "evaluated only",
+                f"{steps} in {minutes:.0f} min" if minutes else "evaluated only",
             ]
         )
     header = ["", "TA-like, %", "paper: TA", "strict, overall, %", "paper: GenEval", "seeds", "steps of a seed"]
     return _table(header, lines)
+
+
+def _budgets(plan: Plan) -> list[str]:
+    """What is not alike in the rows beside what their names say: more than one stage, and guidance of evaluation."""
+    lines = []
+    for row, about in ROWS.items():
+        configs = settings(plan, row)
+        if len(configs) > 1:
+            parts = " + ".join(str(config.steps) for config in configs)
+            lines.append(f"- {about.title}: {parts} = {sum(c.steps for c in configs)} steps in all.")
+        if configs[-1].evaluation.cfg.enabled:
+            scale = configs[-1].evaluation.cfg.text_scale
+            lines.append(f"- {about.title}: evaluated as it is trained, with text scale {scale:g}; the others without.")
+    return lines
+
+
+def _gaps(plan: Plan, stored: Stored) -> list[str]:
+    """Cells that are missing or stale, of all rows and of every seed that was asked for or is there."""
+    whole = replace(plan, rows=tuple(ROWS), seeds=tuple(sorted({*plan.seeds, *stored.seeds})))
+    absent: dict[str, list[str]] = {row: [] for row in ROWS}
+    for row, seed in missing(whole, stored):
+        absent[row].append(str(seed))
+    lines = []
+    if any(absent.values()):
+        named = "; ".join(f"{ROWS[row].title} (seeds {', '.join(seeds)})" for row, seeds in absent.items() if seeds)
+        lines.append(f"- Missing: {named}.")
+    if stored.stale:
+        named = "; ".join(f"{row} seed {seed} (another {differs})" for (row, seed), differs in stored.stale.items())
+        lines.append(f"- Stale, made of something else than the other cells and not counted: {named}.")
+    return lines
+
+
+def _hacked(stored: Stored) -> list[str]:
+    """How far reward and truth went, from the first ten steps to the last ten."""
+    lines = []
+    for row in LEARNED:
+        if row in stored.cells:
+            ends = []
+            for key in (REWARD, STRICT):
+                curve = _curves(stored.cells[row], key).mean(0)
+                ends.append(f"{100 * curve[min(9, len(curve) - 1)]:.1f} → {100 * curve[-1]:.1f}")
+            lines.append([ROWS[row].title, *ends])
+    return _table(["mean of ten steps, first → last", "learned reward, %", "truth, strict, %"], lines)
 
 
 def _findings(scores: Mapping[str, Score]) -> list[str]:
@@ -173,6 +239,8 @@ def _findings(scores: Mapping[str, Score]) -> list[str]:
             f"- The best row that trains one modality is {ROWS[best].title}, {scores[best].overall}; UniGRPO's "
             f"interval {'does not overlap' if apart else 'overlaps'} it."
         )
+    order = sorted(scores, key=lambda row: -scores[row].overall.mean)
+    lines.append(f"- Order by strict accuracy: {' > '.join(ROWS[row].title for row in order)}.")
     return [*lines, ""]
 
 
@@ -203,9 +271,7 @@ def _machines(scores: Mapping[str, Score]) -> list[str]:
 
 def draw(path: Path, rows: Mapping[str, Sequence[Cell]], panels: Mapping[str, str]) -> Path | None:
     """One panel per metric, one line per row, over training steps. None without a row that has curves."""
-    trained = {
-        row: cells for row, cells in rows.items() if any(len(cell["curves"]["reward/mean"]) > 1 for cell in cells)
-    }
+    trained = {row: cells for row, cells in rows.items() if any(len(cell["curves"][REWARD]) > 1 for cell in cells)}
     if not trained:
         return None
     figure = Figure(figsize=(5 * len(panels), 3.4), layout="constrained")

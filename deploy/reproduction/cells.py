@@ -1,0 +1,99 @@
+"""Finished cells (row x seed): small JSON files that are committed, so that the set can be continued at another time
+and on another machine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.config import ConfigError
+from common.rundir import dump_json, replacing
+from deploy.evaluation import Result
+from deploy.reproduction.rows import ROWS, Plan, origin, trains
+
+Cell = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What lies under a plan's directory. cells: those of this plan's origin, by row in the order of ROWS, seeds
+    ascending; stale: (row, seed) of the others, with what differs."""
+
+    cells: Mapping[str, Sequence[Cell]]
+    stale: Mapping[tuple[str, int], str]
+
+    def has(self, row: str, seed: int) -> bool:
+        return any(cell["seed"] == seed for cell in self.cells.get(row, ()))
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return tuple(sorted({cell["seed"] for cells in self.cells.values() for cell in cells}))
+
+
+def cell_file(plan: Plan, row: str, seed: int) -> Path:
+    return plan.out / "cells" / f"{row}-seed{seed}.json"
+
+
+def write_cell(plan: Plan, cell: Cell) -> None:
+    """Whole or not at all; takes the place of a stale one."""
+    with replacing(cell_file(plan, cell["row"], cell["seed"])) as aside:
+        aside.write_bytes(dump_json(cell) + b"\n")
+
+
+def read_cells(plan: Plan) -> Stored:
+    """ConfigError naming a file that is no cell."""
+    found: dict[str, list[Cell]] = {row: [] for row in ROWS}
+    stale: dict[tuple[str, int], str] = {}
+    for path in sorted((plan.out / "cells").glob("*.json")):
+        try:
+            cell: Cell = json.loads(path.read_bytes())
+            row, seed, had = cell["row"], cell["seed"], cell["origin"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ConfigError(f"{path} is not a cell ({error!r}); remove it, and it is run again") from error
+        differs = [key for key, asked in origin(plan, row).items() if had.get(key) != asked] if row in ROWS else ["row"]
+        if differs:
+            stale[row, seed] = ", ".join(differs)
+        else:
+            found[row].append(cell)
+    cells = {row: sorted(of_row, key=lambda cell: cell["seed"]) for row, of_row in found.items() if of_row}
+    return Stored(cells, stale)
+
+
+def missing(plan: Plan, stored: Stored) -> list[tuple[str, int]]:
+    """What the plan still asks for, one seed of all rows after the other; a row without training once."""
+    once = {row for row in plan.rows if not trains(plan, row)}
+    return [
+        (row, seed)
+        for seed in plan.seeds
+        for row in plan.rows
+        if not (stored.has(row, seed) if row not in once else row in stored.cells or seed != plan.seeds[0])
+    ]
+
+
+def minutes_left(plan: Plan, stored: Stored, left: Sequence[tuple[str, int]]) -> float | None:
+    """Wall minutes of the cells that are left: as those of their row, or else by steps at the pace of all cells. None
+    as long as no cell has trained."""
+    by_row = {row: float(np.mean([cell["wall_minutes"] for cell in cells])) for row, cells in stored.cells.items()}
+    trained = [cell for cells in stored.cells.values() for cell in cells if sum(cell["origin"]["steps"])]
+    if not trained:
+        return None
+    pace = sum(cell["wall_minutes"] for cell in trained) / sum(sum(cell["origin"]["steps"]) for cell in trained)
+    return sum(by_row.get(row, pace * sum(origin(plan, row)["steps"])) for row, _ in left)
+
+
+def digest(result: Result) -> Result:
+    """What the page needs of an evaluation: counts by prompt, in the order that every evaluation of the file has."""
+    columns = ("images", "strict", "ta", "ta_images")
+    tags = [prompt["tag"] for prompt in result["prompts"]]
+    counts = {name: [rounded(prompt[name]) for prompt in result["prompts"]] for name in columns}
+    headlines = {name: result[name] for name in ("strict", "task_mean", "ta", "reasoning_accuracy")}
+    return {**headlines, "unscored": result["unscored"], "tags": tags, **counts}
+
+
+def rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)

@@ -1,0 +1,166 @@
+"""What is compared: the rows of the paper's table and its ablations, as recipes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from common.config import REPOSITORY, ConfigError, Model, TrainConfig, resolve_path
+from common.recipe import load_config
+from common.rundir import RunDirectory
+
+RUNS = "runs/reproduction"
+LEARNED_REWARD = "common/shapes/data/learned.safetensors"
+TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+"""GenEval's tasks in the paper's order. `reasoning`, the riddles, is the shapes task's own."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the comparison. recipes: the stages, each starting from the one before; paper: its TA and GenEval
+    where the paper has the row; tasks: its GenEval by task, in the order of TASKS."""
+
+    title: str
+    recipes: tuple[str, ...]
+    paper: tuple[float, float] | None = None
+    tasks: tuple[float, ...] | None = None
+
+
+ROWS = {
+    "sft": Row("SFT, no thinking", ("sft",), (0.7486, 0.83)),
+    "sft-think": Row("SFT, thinking", ("sft-think",), (0.7769, 0.82), (0.98, 0.93, 0.63, 0.91, 0.68, 0.79)),
+    "refl": Row("ReFL, no thinking", ("refl",), (0.7786, 0.85)),
+    "refl-think": Row("ReFL, thinking", ("refl-think",), (0.8120, 0.84)),
+    "flowgrpo": Row("FlowGRPO, no thinking", ("flowgrpo",), (0.8112, 0.88), (0.99, 0.98, 0.93, 0.94, 0.60, 0.86)),
+    "flowgrpo-think": Row("FlowGRPO, thinking", ("flowgrpo-think",), (0.8208, 0.86)),
+    "textgrpo": Row("TextGRPO", ("textgrpo",), (0.8078, 0.88), (0.99, 0.96, 0.87, 0.91, 0.76, 0.84)),
+    "two-stage": Row("FlowGRPO, then TextGRPO", ("flowgrpo-think", "textgrpo")),
+    "unigrpo": Row("UniGRPO", ("shapes",), (0.8381, 0.90), (0.99, 0.99, 0.91, 0.91, 0.73, 0.86)),
+    "cfg": Row("UniGRPO, CFG in training", ("cfg",)),
+    "no-image-gradient": Row("UniGRPO, no image gradient into reasoning", ("no-image-gradient",)),
+    "learned-none": Row("Learned reward, no regulariser", ("learned-none",)),
+    "learned-latent-kl": Row("Learned reward, latent KL", ("learned-latent-kl",)),
+    "learned-velocity-mse": Row("Learned reward, velocity MSE", ("learned-velocity-mse",)),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run: rows, seeds, steps of every stage that trains (None: the recipe's), overrides of every recipe, and
+    where the results go."""
+
+    rows: tuple[str, ...]
+    seeds: tuple[int, ...]
+    steps: int | None
+    overrides: tuple[str, ...]
+    out: Path
+
+    @property
+    def command(self) -> str:
+        """How to ask for this again, whatever the rows and seeds."""
+        steps = [f"--steps {self.steps}"] if self.steps is not None else []
+        return " ".join(["unigrpo reproduce", *self.overrides, *steps])
+
+
+def check_rows(rows: Sequence[str]) -> tuple[str, ...]:
+    """The rows asked for, all of them for none. ConfigError for an unknown one."""
+    for row in rows:
+        if row not in ROWS:
+            raise ConfigError(f"--rows: {row} is not known; choose from {', '.join(ROWS)}")
+    return tuple(rows) or tuple(ROWS)
+
+
+def settings(plan: Plan, row: str) -> list[TrainConfig]:
+    """The resolved recipes of a row's stages, before anything is said of seeds and directories."""
+    configs = []
+    for recipe in ROWS[row].recipes:
+        config = load_config(recipe, ["max_minutes=0", *plan.overrides])
+        # A row that is only evaluated stays so.
+        if plan.steps is not None and config.steps:
+            config = load_config(recipe, ["max_minutes=0", *plan.overrides, f"steps={plan.steps}"])
+        configs.append(config)
+    return configs
+
+
+def trains(plan: Plan, row: str) -> bool:
+    """Whether a row trains; one that is only evaluated is the same for every seed."""
+    return any(config.steps for config in settings(plan, row))
+
+
+def origin(plan: Plan, row: str) -> dict[str, Any]:
+    """What a row's cells are made of. Cells of another origin are stale: they are not compared with these.
+
+    steps of each stage; recipe: what the resolved recipes set otherwise than the defaults and may change a result;
+    start: the checkpoint's content; data: that of the prompts and, where it is a reward, of the learned scorer.
+    """
+    configs = settings(plan, row)
+    data = [configs[0].data.train, configs[0].data.heldout]
+    if any(scorer.name == "shapes_learned" for scorer in configs[0].rewards):
+        data.append(LEARNED_REWARD)
+    return {
+        "steps": [config.steps for config in configs],
+        "recipe": _hash(json.dumps([_matters(config) for config in configs], sort_keys=True)),
+        "start": _start(configs[0].model),
+        "data": _hash("".join(_digest(resolve_path(path)) for path in data)),
+    }
+
+
+def stages(plan: Plan, row: str, seed: int) -> list[TrainConfig]:
+    """The configurations of a cell's runs; later stages start from the last checkpoint of the one before.
+
+    Their directory is named after the origin, so that what was begun of another one is never continued.
+    """
+    key = _hash(json.dumps(origin(plan, row), sort_keys=True))[:8]
+    configs: list[TrainConfig] = []
+    for number, config in enumerate(settings(plan, row)):
+        own = [f"run_name={row}-seed{seed}-{number}", f"runs_dir={RUNS}/{key}", f"seed={seed}", "max_minutes=0"]
+        own += [f"steps={config.steps}", "checkpoints.keep=1"]
+        if configs:
+            before = configs[-1]
+            policy = RunDirectory(before.directory).checkpoint(before.steps) / "policy"
+            own.append(f"model.path={policy}")
+        configs.append(load_config(ROWS[row].recipes[number], [*plan.overrides, *own]))
+    return configs
+
+
+def _matters(config: TrainConfig) -> dict[str, Any]:
+    """The settings that make the result: not names, nor how many actors there are and what they keep."""
+    told = config.model_dump(mode="json", exclude_defaults=True)
+    for name in ("run_name", "runs_dir", "seed", "steps", "max_minutes", "rollout", "recording", "checkpoints"):
+        told.pop(name, None)
+    lora = told.pop("learner", {}).get("lora")
+    model = {name: value for name, value in told.pop("model", {}).items() if name != "path"}
+    return {**told, "model": model, "lora": lora, "dtypes": [config.learner.dtype, config.rollout.dtype]}
+
+
+def _start(model: Model) -> str:
+    from common.policy import directories
+
+    return _checkpoint_identity(tuple(directories(model)))
+
+
+@cache
+def _checkpoint_identity(directories: tuple[Path, ...]) -> str:
+    from learner.checkpoint import identity
+
+    return identity(directories)[:16]
+
+
+@cache
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def default_out() -> Path:
+    """docs/reproduction of the repository."""
+    return REPOSITORY / "docs" / "reproduction"
