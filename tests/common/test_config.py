@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from common import hardware
-from common.config import REPOSITORY, ConfigError, TrainConfig, resolve_path
+from common.config import REPOSITORY, ConfigError, Optimizer, TrainConfig, resolve_path
 from common.recipe import RECIPES, apply_overrides, load_config, read_recipe, to_yaml, validate
 
 
@@ -72,6 +72,14 @@ def test_unknown_keys_are_named_with_the_closest_known_one(data: dict[str, Any],
         (
             {"sampling": {"think": False}},
             ["sampling.think is false but objective.text_weight is 1", "text_kl is 0", "set both to 0"],
+        ),
+        (
+            {"sampling": {"points": 2, "window_range": [0, 1], "window_size": 1}},
+            ["sampling.points is 2", "a single step leaves nothing to explore"],
+        ),
+        (
+            {"rollout": {"replicas": 2, "max_replicas": 1}},
+            ["rollout.replicas is 2, outside min_replicas 2 and max_replicas 1"],
         ),
         (
             {"sampling": {"noise_level": 0}},
@@ -234,6 +242,22 @@ def test_paths_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.Monke
     assert resolve_path("pyproject.toml") == (tmp_path / "pyproject.toml").resolve(), "the working directory first"
     with pytest.raises(ConfigError, match=r"no/such does not exist .* correct the path"):
         resolve_path("no/such")
+
+
+@pytest.mark.parametrize(
+    ("fields", "factors"),
+    [
+        ({}, {0: 1.0, 50: 1.0, 99: 1.0}),
+        ({"warmup_steps": 10}, {0: 0.1, 4: 0.5, 9: 1.0, 99: 1.0}),
+        ({"schedule": "cosine"}, {0: 1.0, 25: 0.8536, 50: 0.5, 100: 0.0}),
+        ({"schedule": "cosine", "warmup_steps": 100}, {49: 0.5 * 0.5157, 50: 0.51 * 0.5}),
+    ],
+)
+def test_learning_rates_follow_their_schedule(fields: dict[str, Any], factors: dict[int, float]) -> None:
+    optimizer = Optimizer(**fields)
+    assert {step: round(optimizer.learning_rate_factor(step, 100), 4) for step in factors} == pytest.approx(
+        factors, abs=1e-4
+    )
 
 
 def test_a_config_does_not_change() -> None:

@@ -66,6 +66,11 @@ def test_image_that_does_not_fit_the_model() -> None:
         check_inputs(config_with(model={"path": str(CHECKPOINT), "height": 33, "width": 32}))
 
 
+def test_a_clip_that_fp32_cannot_tell_from_a_ratio_of_one() -> None:
+    with pytest.raises(ConfigError, match=r"objective.image_clip is 1e-08, .* less than fp32 can tell .* give a"):
+        check_inputs(config_with(objective={"image_clip": 1e-8}))
+
+
 def test_more_prompts_per_step_than_there_are(tmp_path: Path) -> None:
     few = tmp_path / "few.jsonl"
     few.write_text("".join(TRAIN.read_text().splitlines(keepends=True)[:3]))

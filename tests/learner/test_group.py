@@ -25,7 +25,7 @@ from learner import checkpoint as run_checkpoint
 from learner.actor import LearnerRank
 from learner.group import LearnerError, LearnerGroup, LostLearnerError
 
-REWARDS = np.array([[0.0, 1.0], [1.0, 0.0]])
+REWARDS = np.array([[0.0, 1.0], [0.5, 0.0]])
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +38,8 @@ def config() -> TrainConfig:
         "checkpoints.keep=1",
         "self_test=false",  # these chains were not made by a rollout
         "learner.deadline_s=200",
+        "objective.advantage_std=none",
+        "objective.advantage_clip=0.4",
         # Groups of parameters of their own, one of which stays where it is.
         "optimizer.groups=[{name: still, pattern: '*embed_tok*', lr: 0}, {name: ends, pattern: '*llm2vae*', lr: 1e-3}]",
     ]
@@ -75,6 +77,7 @@ def test_a_lost_rank_a_full_disk_and_another_number_of_ranks(
     assert "  ends, learning rate 0.001: " in group.parameters()
     metrics = group.update(0, refs, REWARDS)
     assert metrics["weights/version"] == 1
+    assert metrics["advantage/abs_mean"] == pytest.approx((0.4 + 0.25) / 2), "one clipped, neither divided"
     assert all(metrics[f"grad_norm/{name}"] > 0 for name in ("reasoning", "denoising", "still", "ends"))
     first = tmp_path / "step-000001"
     group.save(first, {"step": 1, "reward": 0.5}, {4: refs})

@@ -251,6 +251,19 @@ def test_micro_batches_add_up_to_the_same_gradient(
     same_gradients(updater.gradients[0], wanted)
 
 
+def test_epochs_and_minibatches_are_optimizer_steps(
+    golden_checkpoint: Checkpoint, chains: list[Chain], policy: BagelPolicy
+) -> None:
+    """Two passes over two parts: four steps, each with the gradient of its part alone."""
+    wanted = [reinforce(policy, golden_checkpoint, chains[i : i + 3], ADVANTAGES[i : i + 3]) for i in (0, 3)]
+    updater = Watched(policy, train_config(regulariser="none", epochs=2, minibatches=2), lr=0.0)
+    parts = [[micro_batch(golden_checkpoint, chains[i : i + 3], ADVANTAGES[i : i + 3])] for i in (0, 3)]
+    sums = updater.run(parts, [3, 3])
+    assert sums["count/step"] == updater.engine.steps == 4
+    for found, one in zip(updater.gradients, wanted * 2, strict=True):
+        same_gradients(found, one)
+
+
 def test_a_filler_adds_nothing(golden_checkpoint: Checkpoint, chains: list[Chain], policy: BagelPolicy) -> None:
     wanted = reinforce(policy, golden_checkpoint, chains[:3], ADVANTAGES[:3])
     updater = Watched(policy, train_config(regulariser="none"), lr=0.0)
