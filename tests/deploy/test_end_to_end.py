@@ -145,7 +145,8 @@ def test_checkpoints_evaluations_and_report(whole: RunDirectory) -> None:
 
 
 def test_eval_finds_what_the_training_found_and_starts_no_learner(whole: RunDirectory, tmp_path: Path) -> None:
-    program, *rest = command(tmp_path, "unused", "learner.cpus=64")  # more than there is room for
+    # A learner for which there is no room, and one replica where the training had two.
+    program, *rest = command(tmp_path, "unused", "learner.cpus=64", "rollout.replicas=1")
     overrides = [argument for argument in rest[2:] if not argument.startswith("run_name")]
     output = run([program, "eval", str(whole.checkpoint(3) / "policy"), *overrides])
     found, table, grid = (Path(line) for line in output.splitlines()[-3:])
@@ -182,7 +183,7 @@ def test_a_timeline_shows_what_every_actor_did(whole: RunDirectory) -> None:
 
 
 def test_a_killed_run_resumes_as_if_it_had_not_stopped(whole: RunDirectory, tmp_path: Path) -> None:
-    arguments = command(tmp_path, "killed", "steps=3")
+    arguments = command(tmp_path, "killed", "steps=3", "rollout.replicas=1")
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     killed = RunDirectory(tmp_path / "killed")
     deadline = time.monotonic() + 240
@@ -192,8 +193,8 @@ def test_a_killed_run_resumes_as_if_it_had_not_stopped(whole: RunDirectory, tmp_
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    # Weights that were broadcast to both replicas are those that each would have fetched.
-    run([arguments[0], "train", "--resume", str(killed.path), "rollout.transport=collective"])
+    # More replicas change no number, and weights that were broadcast are those that each would have fetched.
+    run([arguments[0], "train", "--resume", str(killed.path), "rollout.replicas=2", "rollout.transport=collective"])
     expected, got = whole.read_metrics(), killed.read_metrics()
     assert [row["step"] for row in got] == [0, 1, 2]
     for wanted, found in zip(expected, got, strict=True):

@@ -202,6 +202,7 @@ def test_one_cell_runs_once(tmp_path: Path) -> None:
     small = ["data.prompts_per_step=2", "data.group_size=4", "evaluation.prompts=7", "evaluation.images_per_prompt=2"]
     command = [
         *(sys.executable, "-c", "from deploy.cli import main; main()", "reproduce", *small),
+        *("rollout.replicas=1", "learner.ranks=1"),
         *("--rows", "flowgrpo", "--seeds", "0", "--steps", "1", "--out", "page"),
     ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280)

@@ -14,8 +14,9 @@ from golden_numbers import CHECKPOINT, close
 from common.bagel import checkpoint as store
 from common.bagel.checkpoint import Checkpoint
 from common.bagel.policy import BagelPolicy
-from common.config import TrainConfig, validate
+from common.config import TrainConfig
 from common.policy import PolicyOutput
+from common.recipe import validate
 from learner.update import MicroBatch, Updater
 
 ADVANTAGES = [1.2, -0.7, 0.4, -1.6]
