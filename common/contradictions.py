@@ -13,8 +13,10 @@ SECRET = re.compile(r"(?i)(^|_)(key|token|secret|password)$")
 
 
 def contradictions(config: TrainConfig) -> Iterator[str]:
-    """Every contradiction, in the order in which they should be mended."""
-    for check in (_window, _noise, _guidance, _batch, _replicas, _rewards, _objective, _groups):
+    """Every contradiction, in the order in which they should be mended. What is only evaluated may not contradict itself
+    in how it would train."""
+    always, training = (_window, _guidance, _replicas, _rewards), (_noise, _batch, _objective, _groups)
+    for check in (*always, *(training if config.steps else ())):
         yield from check(config)
 
 

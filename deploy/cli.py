@@ -142,7 +142,7 @@ def evaluate(
 
     # The time makes the name new, so that a checkpoint can be evaluated again.
     name = f"run_name=eval-{Path(model).resolve().name}-{datetime.now():%Y%m%d-%H%M%S}"
-    config = load_config(recipe, [name, *_model(model), *(overrides or [])])
+    config = load_config(recipe, [name, *_model(model), *(overrides or []), "steps=0"])
     with open_evaluation(config) as session:
         result = run_evaluation(session, step=0)
     table, grid = write_outcome(session, 0, result)

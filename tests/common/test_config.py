@@ -128,6 +128,10 @@ def test_arithmetic_that_does_not_work_out(data: dict[str, Any], words: list[str
     assert all(word in message for word in words), message
 
 
+def test_what_is_only_evaluated_has_no_training_to_contradict() -> None:
+    assert not load_config("shapes", ["steps=0", "sampling.think=false"]).sampling.think
+
+
 @pytest.mark.parametrize(
     ("data", "field", "value"),
     [
