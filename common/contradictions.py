@@ -13,8 +13,7 @@ SECRET = re.compile(r"(?i)(^|_)(key|token|secret|password)$")
 
 
 def contradictions(config: TrainConfig) -> Iterator[str]:
-    """Every contradiction, in the order in which they should be mended. What is only evaluated may not contradict itself
-    in how it would train."""
+    """Every contradiction, in the order in which they should be mended; of training only where there is any."""
     always, training = (_window, _guidance, _replicas, _rewards), (_noise, _batch, _objective, _groups)
     for check in (*always, *(training if config.steps else ())):
         yield from check(config)
