@@ -98,7 +98,10 @@ def origin(plan: Plan, row: str) -> dict[str, Any]:
     steps of each stage; recipe: what the resolved recipes set otherwise than the defaults and may change a result;
     start: the checkpoint's content; data: that of the prompts and, where it is a reward, of the learned scorer.
     """
-    configs = settings(plan, row)
+    return _origin(settings(plan, row))
+
+
+def _origin(configs: list[TrainConfig]) -> dict[str, Any]:
     data = [configs[0].data.train, configs[0].data.heldout]
     if any(scorer.name == "shapes_learned" for scorer in configs[0].rewards):
         data.append(LEARNED_REWARD)
@@ -113,18 +116,20 @@ def origin(plan: Plan, row: str) -> dict[str, Any]:
 def stages(plan: Plan, row: str, seed: int) -> list[TrainConfig]:
     """The configurations of a cell's runs; later stages start from the last checkpoint of the one before.
 
-    Their directory is named after the origin, so that what was begun of another one is never continued.
+    A run is named after what it is made of: what was begun of another origin is never continued, and rows that begin
+    with the same stage share its run.
     """
-    key = _hash(json.dumps(origin(plan, row), sort_keys=True))[:8]
-    configs: list[TrainConfig] = []
-    for number, config in enumerate(settings(plan, row)):
-        own = [f"run_name={row}-seed{seed}-{number}", f"runs_dir={RUNS}/{key}", f"seed={seed}", "max_minutes=0"]
-        own += [f"steps={config.steps}", "checkpoints.keep=1"]
+    asked, configs = settings(plan, row), list[TrainConfig]()
+    for number, config in enumerate(asked, start=1):
+        recipes = ROWS[row].recipes[:number]
+        key = _hash(json.dumps(_origin(asked[:number]), sort_keys=True))[:8]
+        own = [f"run_name={'-then-'.join(recipes)}-seed{seed}", f"runs_dir={RUNS}/{key}", f"seed={seed}"]
+        own += ["max_minutes=0", f"steps={config.steps}", "checkpoints.keep=1"]
         if configs:
             before = configs[-1]
             policy = RunDirectory(before.directory).checkpoint(before.steps) / "policy"
             own.append(f"model.path={policy}")
-        configs.append(load_config(ROWS[row].recipes[number], [*plan.overrides, *own]))
+        configs.append(load_config(recipes[-1], [*plan.overrides, *own]))
     return configs
 
 

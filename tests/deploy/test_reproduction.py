@@ -127,7 +127,7 @@ def test_every_row_resolves_and_later_stages_start_from_earlier_ones(tmp_path: P
         assert asked == ([0, 1, 2] if configs[0].steps else [0])
     first, second = stages(plan, "two-stage", 2)
     assert second.model.path == str(first.directory / "checkpoints" / "step-000005" / "policy")
-    assert first.run_name != second.run_name
+    assert first.run_name != second.run_name and [first] == stages(plan, "flowgrpo-think", 2)  # trained once
     with pytest.raises(ConfigError, match="unigrp is not known; choose from sft"):
         check_rows(["unigrp"])
 
