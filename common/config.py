@@ -288,8 +288,8 @@ class Learner(Resources):
     """CPUs of one rank."""
     ranks: Count = 2
     """Data-parallel DeepSpeed ranks."""
-    zero_stage: Literal[1, 2] = 2
-    """DeepSpeed ZeRO stage."""
+    zero_stage: Literal[1, 2, 3] = 2
+    """DeepSpeed ZeRO stage; 3 also shards the compute weights, which every layer gathers when it runs."""
     dtype: DType = Field(default_factory=native_dtype)
     """Compute type, chosen like rollout.dtype; masters are always fp32."""
     lora: Lora | None = None

@@ -14,7 +14,8 @@ SECRET = re.compile(r"(?i)(^|_)(key|token|secret|password)$")
 
 def contradictions(config: TrainConfig) -> Iterator[str]:
     """Every contradiction, in the order in which they should be mended; of training only where there is any."""
-    always, training = (_window, _guidance, _replicas, _rewards), (_noise, _batch, _objective, _groups)
+    always = _window, _guidance, _replicas, _rewards
+    training = _noise, _batch, _learner, _objective, _groups
     for check in (*always, *(training if config.steps else ())):
         yield from check(config)
 
@@ -81,6 +82,14 @@ def _replicas(config: TrainConfig) -> Iterator[str]:
         yield (
             f"rollout.replicas is {replicas}, outside min_replicas {fewest} and max_replicas {most}; "
             "give min_replicas <= replicas <= max_replicas"
+        )
+
+
+def _learner(config: TrainConfig) -> Iterator[str]:
+    if config.learner.zero_stage == 3 and config.learner.reference_on_host:
+        yield (
+            "learner.zero_stage is 3 but learner.reference_on_host exchanges whole weights; take stage 2, or "
+            "objective.regulariser=none with objective.text_kl=0, which needs no reference"
         )
 
 

@@ -269,6 +269,7 @@ class LearnerRank:
         went wrong with that, None if nothing."""
         problem = self.saved()
         optimizer = self.engine.state(self.named, keep=self.rank == 0)
+        weights = self.engine.rest(keep=self.rank == 0)
         if self.rank == 0:
             own = {
                 "weights_version": self.version,
@@ -279,6 +280,7 @@ class LearnerRank:
                 run_checkpoint.write,
                 Path(directory),
                 self.checkpoint,
+                weights,
                 optimizer,
                 {**state, **own},
                 self.config.checkpoints.keep,

@@ -36,19 +36,20 @@ PARTIAL = ".partial"
 def write(
     directory: Path,
     opened: OpenPolicy,
+    weights: Mapping[str, Tensor],
     optimizer: dict[str, Tensor],
     state: dict[str, Any],
     keep: int,
     in_flight: Mapping[int, Sequence[Group]] | None = None,
 ) -> None:
     """Writes one checkpoint and removes all of its siblings but the newest `keep` and the one with the highest
-    `reward` in its state. On an error nothing is left of it, and every other one stays. in_flight: finished groups of
-    steps to come."""
+    `reward` in its state. On an error nothing is left of it, and every other one stays. weights: the policy's
+    state dict, at least what optimizer holds no masters of; in_flight: finished groups of steps to come."""
     aside = directory.with_name(directory.name + PARTIAL)
     for left in directory.parent.glob(f"*{PARTIAL}"):  # by a process that was killed
         shutil.rmtree(left)
     try:
-        _write_files(aside, opened, optimizer, state, in_flight or {})
+        _write_files(aside, opened, weights, optimizer, state, in_flight or {})
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -72,6 +73,7 @@ def _remove(directory: Path) -> None:
 def _write_files(
     aside: Path,
     opened: OpenPolicy,
+    weights: Mapping[str, Tensor],
     optimizer: dict[str, Tensor],
     state: dict[str, Any],
     in_flight: Mapping[int, Sequence[Group]],
@@ -82,7 +84,7 @@ def _write_files(
         write_groups(in_flight_file(aside, step), groups, unscored, {}, unscored, latents=True)
     # Masters rather than compute weights: a bf16 policy is saved without rounding.
     masters = {k.removeprefix("master."): v for k, v in optimizer.items() if k.startswith("master.")}
-    opened.save(aside / "policy", plain_weights(opened.policy, {**opened.policy.state_dict(), **masters}))
+    opened.save(aside / "policy", plain_weights(opened.policy, {**weights, **masters}))
     save_file(optimizer, aside / "optimizer.safetensors")
     (aside / "state.json").write_text(json.dumps(state, indent=2))
     files = sorted(p for p in aside.rglob("*") if p.is_file())

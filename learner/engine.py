@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+PERSISTENT = 100_000
+"""Elements up to which ZeRO-3 leaves a parameter whole between its uses."""
+
 
 def init_process_group(rank: int, world: int, address: str, deadline_s: float) -> None:
     """torch.distributed formed by us (gloo on CPUs, NCCL on GPUs), DeepSpeed on top.
@@ -58,7 +61,7 @@ class Engine:
         """groups: name -> (parameters, learning rate). dtype float32 or bfloat16 (masters stay fp32)."""
         import deepspeed
 
-        self.names = list(groups)
+        self.names, self.stage = list(groups), zero_stage
         optimizer = torch.optim.AdamW(
             [{"params": parameters, "lr": lr, "name": name} for name, (parameters, lr) in groups.items()],
             betas=betas,
@@ -67,7 +70,12 @@ class Engine:
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
-            "zero_optimization": {"stage": zero_stage, "overlap_comm": False, "reduce_bucket_size": 50_000_000},
+            "zero_optimization": {
+                "stage": zero_stage,
+                "overlap_comm": False,
+                "reduce_bucket_size": 50_000_000,
+                "stage3_param_persistence_threshold": PERSISTENT,
+            },
             "zero_allow_untested_optimizer": True,
             "gradient_clipping": grad_clip,
             "bf16": {"enabled": dtype == "bfloat16"},
@@ -83,12 +91,15 @@ class Engine:
     @staticmethod
     def shape(parameter: nn.Parameter) -> tuple[int, ...]:
         """A parameter's full shape."""
-        return tuple(parameter.shape)
+        return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
     @contextmanager
     def gathered(self, parameters: list[nn.Parameter]) -> Iterator[None]:
         """Inside, these parameters are whole on every rank (collective)."""
-        yield
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(parameters, enabled=self.stage == 3):
+            yield
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Adds one micro-batch's gradient; `last` marks the one after which `step` follows."""
@@ -98,12 +109,16 @@ class Engine:
     def grad_norms(self) -> dict[str, float]:
         """L2 norm of the averaged gradient by parameter group, over all ranks; call between backward and step."""
         zero = self.optimizer
-        norms = {
-            name: float(zero.get_grad_norm_direct(zero.averaged_gradients[i], zero.params_in_partition[i]))
-            for i, name in enumerate(self.names)
-        }
-        # DeepSpeed reports a norm that is NaN or infinite as -1.
-        return {name: norm if norm >= 0 else math.nan for name, norm in norms.items()}
+        squares = dict.fromkeys(self.names, 0.0)
+        for i, parameters in enumerate(zero.fp16_groups if self.stage == 3 else zero.params_in_partition):
+            norm = float(zero.get_grad_norm_direct(zero.averaged_gradients[i], parameters))
+            # DeepSpeed reports a norm that is NaN or infinite as -1.
+            squares[self.names[self._group_of(i)]] += norm**2 if norm >= 0 else math.nan
+        return {name: math.sqrt(square) for name, square in squares.items()}
+
+    def _group_of(self, partition: int) -> int:
+        """ZeRO-3 cuts a group's parameters into sub-groups; below that, a group is one partition."""
+        return int(self.optimizer.sub_group_to_group_id[partition]) if self.stage == 3 else partition
 
     def step(self) -> dict[str, float] | None:
         """One optimizer step; gradient norms by group, or None if they are not finite: then nothing is changed."""
@@ -117,6 +132,8 @@ class Engine:
     def drop(self) -> None:
         """Forgets the accumulated gradient."""
         self.optimizer.zero_grad(set_to_none=True)
+        if self.stage == 3:
+            self.optimizer.averaged_gradients = {}
         for i in list(self.optimizer.averaged_gradients):
             self.optimizer.averaged_gradients[i] = None
         self.engine.micro_steps += 1
@@ -134,7 +151,7 @@ class Engine:
         """
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        if self.steps:
+        if self.steps and self.stage < 3:
             self._link_moments()
         out = {}
         for name, parameter in named:
@@ -142,9 +159,23 @@ class Engine:
             if keep:
                 out["master." + name] = master.detach().cpu().clone()
             for key in ("exp_avg", "exp_avg_sq"):
-                moment = safe_get_full_optimizer_state(parameter, key) if self.steps else torch.zeros_like(parameter)
+                moment = safe_get_full_optimizer_state(parameter, key) if self.steps else torch.zeros_like(master)
                 if keep:
                     out[f"{key}.{name}"] = moment.detach().float().cpu().clone()
+        return out
+
+    def rest(self, keep: bool = True) -> dict[str, Tensor]:
+        """The module's state dict, in which the masters may take the place of what is trained (collective). Where
+        ZeRO-3 holds shards, its buffers and whole frozen parameters only; these where keep is True."""
+        out: dict[str, Tensor] = self.module.state_dict()
+        if self.stage < 3:
+            return out
+        for name, parameter in self.module.named_parameters(remove_duplicate=False):
+            del out[name]
+            if not parameter.requires_grad:
+                with self.gathered([parameter]):
+                    if keep:
+                        out[name] = parameter.detach().cpu().clone()
         return out
 
     @property
@@ -157,21 +188,42 @@ class Engine:
 
     def load_state(self, named: Iterable[tuple[str, nn.Parameter]], tensors: dict[str, Tensor], steps: int) -> None:
         """The inverse of `state`, into an engine of any rank count."""
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+        import deepspeed
 
         named = list(named)
         if steps:
             self._create_moments(steps)
         for name, parameter in named:
-            safe_set_full_fp32_param(parameter, tensors["master." + name])
+            self._set(parameter, tensors["master." + name])
             # DeepSpeed refreshes the compute weights after a step; a resumed run uses and publishes them before.
-            parameter.data.copy_(tensors["master." + name])
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.stage == 3):
+                parameter.data.copy_(tensors["master." + name])
             for key in ("exp_avg", "exp_avg_sq") if steps else ():
-                safe_set_full_optimizer_state(parameter, tensors[f"{key}.{name}"], key)
+                self._set(parameter, tensors[f"{key}.{name}"], key)
+
+    def _set(self, parameter: nn.Parameter, value: Tensor, key: str | None = None) -> None:
+        """A parameter's master, or one of its moments, on every rank that holds a piece of it."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        if self.stage == 3:
+            # DeepSpeed's own setter fails where the ranks do not divide the parameter's size.
+            piece = self.optimizer._get_fp32_opt_state_partition(
+                parameter, release_swap_buffers=False, optim_state_key=key
+            )[0].data
+            mine = value.flatten()[torch.distributed.get_rank() * piece.numel() :][: piece.numel()]
+            piece[: mine.numel()].copy_(mine)
+        elif key:
+            safe_set_full_optimizer_state(parameter, value, key)
+        else:
+            safe_set_full_fp32_param(parameter, value)
 
     def _create_moments(self, steps: int) -> None:
         """Adam makes its moments on the first step; a zero-gradient step at learning rate 0 makes them now."""
         optimizer = self.optimizer.optimizer
+        if self.stage == 3:
+            # DeepSpeed hands the optimizer its parameters for the time of a step only.
+            for i, partition in enumerate(self.optimizer.fp32_partitioned_groups_flat):
+                optimizer.param_groups[self._group_of(i)]["params"].append(partition)
         rates = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group["lr"] = 0.0
@@ -182,9 +234,12 @@ class Engine:
             group["lr"] = rate
             for parameter in group["params"]:
                 parameter.grad = None
+            if self.stage == 3:
+                group["params"] = []
         for state in optimizer.state.values():
             state["step"] = torch.tensor(float(steps))
-        self._link_moments()
+        if self.stage < 3:
+            self._link_moments()
 
     def _link_moments(self) -> None:
         """Ties each parameter to its slice of the moments. DeepSpeed does it after the first group's first step, when

@@ -62,6 +62,10 @@ class PositionTable(nn.Module):
         super().__init__()
         self.pos_embed = nn.Parameter(sincos_2d(side, hidden), requires_grad=False)
 
+    def forward(self, places: Tensor) -> Tensor:
+        """Places [N] -> [N, H]."""
+        return self.pos_embed[places]
+
 
 class LanguageModel(nn.Module):
     """Decoder and head (`language_model.*`)."""
@@ -165,7 +169,7 @@ class BagelPolicy(Policy):
     def embed_latents(self, x_t: Tensor, t: Tensor, grid: tuple[int, int]) -> Tensor:
         """x_t [M, N, D], t [M] -> what the generation expert reads [M, N, H]."""
         dtype = self.vae2llm.weight.dtype
-        place = self.latent_pos_embed.pos_embed[places(grid, self.config.max_latent_size, x_t.device)].to(dtype)
+        place = self.latent_pos_embed(places(grid, self.config.max_latent_size, x_t.device)).to(dtype)
         return self.vae2llm(x_t.to(dtype)) + self.time_embedder(t)[:, None] + place
 
     def embed_patches(self, pixels: list[Tensor], grids: list[tuple[int, int]]) -> Tensor:
@@ -176,7 +180,7 @@ class BagelPolicy(Policy):
         at = torch.cat([places(grid, self.config.vit_max_num_patch_per_side, self.device) for grid in grids])
         packing = Packing.of([len(patches) for patches in pixels], self.device)
         features = self.vit_model(torch.cat(pixels).to(self.device, self.vae2llm.weight.dtype), at, packing)
-        return self.connector(features) + self.vit_pos_embed.pos_embed[at].to(features.dtype)
+        return self.connector(features) + self.vit_pos_embed(at).to(features.dtype)
 
     def velocity(
         self,

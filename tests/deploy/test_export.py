@@ -34,7 +34,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, golden_checkpoint: Checkpoint)
             for pairs in golden_checkpoint.policy.parameter_groups().values()
             for name, p in pairs
         }
-        run_checkpoint.write(run.checkpoint(step), golden_checkpoint, masters, {"step": step}, keep=5)
+        weights = golden_checkpoint.policy.state_dict()
+        run_checkpoint.write(run.checkpoint(step), golden_checkpoint, weights, masters, {"step": step}, keep=5)
     return run
 
 

@@ -34,7 +34,8 @@ def write(
     directory: Path, policy: Checkpoint, masters: dict[str, torch.Tensor], step: int, keep: int = 2, **state: float
 ) -> Path:
     target = directory / f"step-{step:06d}"
-    run_checkpoint.write(target, policy, masters, {"step": step, "optimizer_steps": 2 * step, **state}, keep)
+    state |= {"step": step, "optimizer_steps": 2 * step}
+    run_checkpoint.write(target, policy, policy.policy.state_dict(), masters, state, keep)
     return target
 
 

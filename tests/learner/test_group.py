@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from common.config import ConfigError, TrainConfig
 from common.recipe import load_config
 from common.types import Group, Prompt
 from learner import checkpoint as run_checkpoint
+from learner import engine
 from learner.actor import LearnerRank
 from learner.group import LearnerError, LearnerGroup, LostLearnerError
 
@@ -34,6 +36,7 @@ def config() -> TrainConfig:
         "run_name=group",
         f"model.path={CHECKPOINT}",
         "learner.ranks=2",
+        "learner.zero_stage=3",
         "sampling.noise_level=0.7",
         "checkpoints.keep=1",
         "self_test=false",  # these chains were not made by a rollout
@@ -50,6 +53,10 @@ def config() -> TrainConfig:
 def group(local_ray: None, config: TrainConfig) -> Iterator[LearnerGroup]:
     class FillableRank(LearnerRank):
         """A rank whose disk can be filled; and its process, to be killed."""
+
+        def __init__(self, *arguments: Any) -> None:
+            engine.PERSISTENT = 0  # what is small is sharded too
+            super().__init__(*arguments)
 
         def fill_disk(self) -> None:
             def full(*arguments: object) -> None:

@@ -226,7 +226,7 @@ def test_a_reference_on_the_host_answers_as_it_was_and_leaves_the_policy_alone(
         reference(batch)
 
 
-@pytest.mark.parametrize("zero_stage", [1, 2])
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_first_gradient_is_that_of_reinforce(
     golden_checkpoint: Checkpoint, chains: list[Chain], policy: BagelPolicy, zero_stage: int
 ) -> None:
