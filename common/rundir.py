@@ -223,12 +223,6 @@ class RunDirectory:
         found = {_step(path.stem): path for path in self.evaluations.glob("step-*.json")}
         return {step: json.loads(found[step].read_bytes()) for step in sorted(s for s in found if s is not None)}
 
-    def latest_checkpoint(self) -> Path | None:
-        """The whole checkpoint (one with a manifest.json) of the highest step, None if there is none."""
-        whole = [p for p in self.checkpoints.glob("step-*") if _step(p.name) is not None]
-        whole = [p for p in whole if (p / "manifest.json").is_file()]
-        return max(whole, key=lambda p: _step(p.name) or 0, default=None)
-
     def _rewrite_metrics(self, rows: list[dict[str, Any]]) -> None:
         with replacing(self.metrics) as aside:
             aside.write_bytes(b"".join(dump_json(row) + b"\n" for row in rows))

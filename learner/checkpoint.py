@@ -56,7 +56,7 @@ def write(
     if directory.exists():
         _remove(directory)
     aside.rename(directory)
-    whole = sorted(p for p in directory.parent.glob("step-*") if p.suffix != PARTIAL and (p / MANIFEST).exists())
+    whole = _written(directory.parent)
     best = max(whole, key=lambda p: read_state(p).get("reward") or -math.inf)
     for old in whole[:-keep]:
         if old != best:
@@ -107,13 +107,19 @@ def verify(directory: Path) -> dict[str, Any]:
 def newest_whole(directory: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint under `directory` whose files are all as written, with its state; damaged ones are
     passed over with a warning. None if there is none."""
-    for candidate in sorted((p for p in directory.glob("step-*") if p.suffix != PARTIAL), reverse=True):
-        if (candidate / MANIFEST).exists():
-            try:
-                return candidate, verify(candidate)
-            except CheckpointError as error:
-                log.warning("%s; going on from the one before", error)
+    for candidate in reversed(_written(directory)):
+        try:
+            return candidate, verify(candidate)
+        except CheckpointError as error:
+            log.warning("%s; going on from the one before", error)
     return None
+
+
+def _written(directory: Path) -> list[Path]:
+    """Checkpoints that were written to their end, by step."""
+    steps = {path: path.name.removeprefix("step-") for path in directory.glob("step-*")}
+    whole = [path for path, step in steps.items() if step.isdigit() and (path / MANIFEST).exists()]
+    return sorted(whole, key=lambda path: int(steps[path]))
 
 
 def in_flight_file(directory: Path, step: int) -> Path:

@@ -80,11 +80,13 @@ def _run(config: TrainConfig) -> RunDirectory:
     from deploy.evaluation_run import evaluate
     from deploy.loop import train
     from deploy.session import open_evaluation, open_session
+    from learner.checkpoint import newest_whole
 
     run = RunDirectory(config.directory)
     if run.path.exists() and load_config(str(run.open().config)) != config:
         raise ConfigError(f"{run.path} is a run of other settings; remove it, so that this one can take its place")
-    saved = config.steps == 0 or run.latest_checkpoint() == run.checkpoint(config.steps)
+    found = newest_whole(run.checkpoints)
+    saved = config.steps == 0 or (found is not None and found[1]["step"] == config.steps)
     if saved and run.evaluation_file(config.steps).exists():
         return run
     if config.steps == 0:

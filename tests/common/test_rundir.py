@@ -95,27 +95,6 @@ def test_truncation_drops_the_step_and_later(run: RunDirectory) -> None:
     assert [row["step"] for row in run.read_metrics()] == [0, 1, 2]
 
 
-def test_latest_checkpoint_is_the_highest_whole_one(run: RunDirectory) -> None:
-    assert run.latest_checkpoint() is None
-    for name, whole in {
-        "step-000002": True,
-        "step-000010": True,
-        "step-000020": False,
-        "step-000030.partial": True,
-        "step-40": True,
-        "best": True,
-    }.items():
-        directory = run.checkpoints / name
-        directory.mkdir(parents=True)
-        if whole:
-            (directory / "manifest.json").write_text("{}")
-    assert run.latest_checkpoint() == run.checkpoint(10)
-    directory = run.checkpoint(1_000_000)
-    directory.mkdir()
-    (directory / "manifest.json").write_text("{}")
-    assert run.latest_checkpoint() == directory
-
-
 def test_evaluations_are_read_in_order_of_steps(run: RunDirectory) -> None:
     assert run.read_evaluations() == {}
     for step in (40, 0, 1_000_000):

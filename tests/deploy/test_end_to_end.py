@@ -22,7 +22,7 @@ from common.records import read_groups
 from common.rundir import RunDirectory
 from deploy.control import scale
 from deploy.grid import CELL
-from learner.checkpoint import verify
+from learner.checkpoint import newest_whole, verify
 
 SMALL = [
     "rollout.dtype=float32",
@@ -187,7 +187,7 @@ def test_a_killed_run_resumes_as_if_it_had_not_stopped(whole: RunDirectory, tmp_
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     killed = RunDirectory(tmp_path / "killed")
     deadline = time.monotonic() + 240
-    while not (killed.path.exists() and killed.latest_checkpoint()):
+    while newest_whole(killed.checkpoints) is None:
         assert process.poll() is None, "the run ended before its first checkpoint"
         assert time.monotonic() < deadline
         time.sleep(0.05)

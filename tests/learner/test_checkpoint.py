@@ -107,17 +107,12 @@ def test_an_interrupted_write_is_never_taken(
 def test_what_an_interrupted_write_left_is_neither_resumed_from_nor_counted(
     golden_checkpoint: Checkpoint, masters: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    from common.rundir import RunDirectory
-
-    run = RunDirectory(tmp_path)
-    left = run.checkpoint(10).with_name("step-000010.partial")
-    write(run.checkpoints, golden_checkpoint, masters, 10).rename(left)  # died just before the renaming
-    run.checkpoint(11).mkdir()  # without a manifest
-    write(run.checkpoints, golden_checkpoint, masters, 5, keep=1)
-    assert run.latest_checkpoint() == run.checkpoint(5)
-    newer = write(run.checkpoints, golden_checkpoint, masters, 7, keep=1)
-    assert run.latest_checkpoint() == newer
-    assert run_checkpoint.verify(newer)["step"] == 7
+    left = tmp_path / "step-000010.partial"
+    write(tmp_path, golden_checkpoint, masters, 10).rename(left)  # died just before the renaming
+    (tmp_path / "step-000011").mkdir()  # without a manifest
+    for step in (5, 7):
+        written = write(tmp_path, golden_checkpoint, masters, step, keep=1)
+        assert run_checkpoint.newest_whole(tmp_path) == (written, run_checkpoint.verify(written))
 
 
 @pytest.mark.parametrize(
@@ -151,18 +146,18 @@ def test_masters_are_saved_without_rounding(
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path: Path) -> None:
-    for step in (1, 2):
+    for step in (999_999, 1_000_000):
         target = tmp_path / f"step-{step:06d}"
         target.mkdir()
         (target / "state.json").write_text(json.dumps({"step": step}))
         digest = hashlib.sha256((target / "state.json").read_bytes()).hexdigest()
         (target / "manifest.json").write_text(json.dumps({"state.json": digest}))
     found = run_checkpoint.newest_whole(tmp_path)
-    assert found is not None and found[1]["step"] == 2
-    (tmp_path / "step-000002" / "state.json").write_text("{}")
+    assert found is not None and found[1]["step"] == 1_000_000
+    (tmp_path / "step-1000000" / "state.json").write_text("{}")
     found = run_checkpoint.newest_whole(tmp_path)
-    assert found is not None and found[1]["step"] == 1
-    (tmp_path / "step-000001" / "state.json").unlink()
+    assert found is not None and found[1]["step"] == 999_999
+    (tmp_path / "step-999999" / "state.json").unlink()
     assert run_checkpoint.newest_whole(tmp_path) is None
 
 
