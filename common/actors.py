@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
-from typing import ParamSpec
+from typing import Any, ParamSpec
 
 import ray
 from ray.exceptions import RayActorError, RayError
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from common.config import ConfigError
+from common.config import ConfigError, Resources
+from common.runtime import thread_env
 
 P = ParamSpec("P")
 
 
 class Placement:
-    """A placement group, which Ray's autoscaler adds nodes for, for `count` actors that are each given the same: all of
-    them or none, on as few nodes as possible. Ray moves it when a node is lost."""
+    """A placement group, which Ray's autoscaler adds nodes for, for `count` actors that are each given the same and for
+    others beside them: all of them or none, on as few nodes as possible. Ray moves it when a node is lost."""
 
-    def __init__(self, resources: Mapping[str, float], count: int = 1, name: str = "") -> None:
-        # A bundle may not be empty, and an actor may ask for nothing.
-        self.each = {kind: amount for kind, amount in resources.items() if amount} or {"CPU": 0.001}
-        self._group = placement_group([self.each] * count, strategy="PACK", name=name)
+    def __init__(
+        self,
+        resources: Mapping[str, float],
+        count: int = 1,
+        name: str = "",
+        beside: Sequence[Mapping[str, float]] = (),
+    ) -> None:
+        self.each, self.beside = _bundle(resources), [_bundle(others) for others in beside]
+        self._group = placement_group([self.each] * count + self.beside, strategy="PACK", name=name)
 
     def slot(self, index: int = 0) -> PlacementGroupSchedulingStrategy:
         """The scheduling strategy of one of the actors."""
@@ -41,12 +47,28 @@ class Placement:
     def missing(self, actors: str, waited: str) -> ConfigError:
         """What to tell people after a deadline. actors: e.g. "rollout-0 and rollout-1"; waited: how long, and the
         setting that says so."""
+        each = " and ".join(map(_amounts, [self.each, *self.beside]))
         return ConfigError(
-            f"the cluster has no room: {actors}, {_amounts(self.each)} each, waited {waited}. The cluster has "
+            f"the cluster has no room: {actors}, {each} each, waited {waited}. The cluster has "
             f"{_amounts(ray.cluster_resources())}, of which {_amounts(ray.available_resources())} are free and perhaps "
             "on several nodes. End what holds the rest (`ray status`), lower the cpus, gpus, custom or number of these "
             "actors, or add nodes"
         )
+
+
+def _bundle(resources: Mapping[str, float]) -> dict[str, float]:
+    # A bundle may not be empty, and an actor may ask for nothing.
+    return {kind: amount for kind, amount in resources.items() if amount} or {"CPU": 0.001}
+
+
+def options(resources: Resources) -> dict[str, Any]:
+    """What Ray is told of an actor that is given these."""
+    return {
+        "num_cpus": resources.cpus,
+        "num_gpus": resources.gpus,
+        "resources": resources.custom,
+        "runtime_env": {"env_vars": thread_env(resources.cpus)},
+    }
 
 
 def _amounts(resources: Mapping[str, float]) -> str:

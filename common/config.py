@@ -42,6 +42,11 @@ class Resources(Section):
     custom: dict[str, Positive] = Field(default_factory=dict)
     """Custom Ray resources of one actor, e.g. {reward_node: 0.01} to keep it on the nodes that offer reward_node."""
 
+    @property
+    def asked(self) -> dict[str, float]:
+        """The same by Ray's names."""
+        return {"CPU": self.cpus, "GPU": self.gpus, **self.custom}
+
 
 def native_dtype(section: dict[str, Any]) -> DType:
     """The compute type of a section of `Resources`, judged by its GPUs or by the CPU of the machine that reads it."""
@@ -233,6 +238,15 @@ class Optimizer(Section):
         return warm * decay
 
 
+class ReasonerResources(Resources):
+    """An actor for vLLM alone."""
+
+    cpus: NonNegative = 0.4
+    """CPUs of one reasoner."""
+    gpus: NonNegative = 0.0
+    """GPUs of one reasoner, for each of tensor_parallel."""
+
+
 class Rollout(Resources):
     """Replicas that generate."""
 
@@ -246,6 +260,8 @@ class Rollout(Resources):
     """While work is queued, more replicas up to this are asked for, which Ray's autoscaler sees; none: `replicas`."""
     idle_s: Positive = 300.0
     """A replica beyond min_replicas leaves after this many seconds without work."""
+    reasoner_actor: ReasonerResources | None = None
+    """Give vLLM an actor of its own, beside each replica, which then draws only; none: vLLM runs in the replica."""
     tensor_parallel: Count = 1
     """GPUs vLLM spreads one replica's reasoning expert over."""
     groups_per_call: Count = 4
@@ -263,6 +279,18 @@ class Rollout(Resources):
     """MiB of one bucket of weights; no process holds more than one beside its model."""
     deadline_s: Positive = 600.0
     """Longest wait for one call to a replica."""
+
+    @property
+    def actors(self) -> dict[str, Resources]:
+        """The actors of one replica and what each is given, all GPUs of vLLM's workers counted."""
+        own = self.reasoner_actor
+        with_engine = own or self
+        spread = Resources(
+            cpus=with_engine.cpus, gpus=with_engine.gpus * self.tensor_parallel, custom=with_engine.custom
+        )
+        if own is None:
+            return {"rollout": spread}
+        return {"rollout": Resources(cpus=self.cpus, gpus=self.gpus, custom=self.custom), "reasoner": spread}
 
 
 class Lora(Section):

@@ -14,7 +14,7 @@ SECRET = re.compile(r"(?i)(^|_)(key|token|secret|password)$")
 
 def contradictions(config: TrainConfig) -> Iterator[str]:
     """Every contradiction, in the order in which they should be mended; of training only where there is any."""
-    always = _window, _guidance, _replicas, _rewards
+    always = _window, _guidance, _replicas, _reasoner, _rewards
     training = _noise, _batch, _learner, _objective, _groups
     for check in (*always, *(training if config.steps else ())):
         yield from check(config)
@@ -90,6 +90,18 @@ def _learner(config: TrainConfig) -> Iterator[str]:
         yield (
             "learner.zero_stage is 3 but learner.reference_on_host exchanges whole weights; take stage 2, or "
             "objective.regulariser=none with objective.text_kl=0, which needs no reference"
+        )
+
+
+def _reasoner(config: TrainConfig) -> Iterator[str]:
+    rollout = config.rollout
+    own = rollout.reasoner_actor
+    if own and not config.sampling.think:
+        yield "rollout.reasoner_actor is set but sampling.think is false; nobody reasons: remove it"
+    if own and bool(own.gpus) != bool(rollout.gpus):
+        yield (
+            f"rollout.gpus is {rollout.gpus:g} but rollout.reasoner_actor.gpus is {own.gpus:g}; vLLM and the denoiser "
+            "run both on GPUs or both on CPUs"
         )
 
 

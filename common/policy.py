@@ -82,6 +82,10 @@ class Policy(nn.Module, ABC):
     def recompute_activations(self) -> None:
         """From here on training keeps what enters each layer only and computes the rest again in the backward."""
 
+    def keep_for_drawing(self) -> None:
+        """Moves what velocities do not need to host memory, where it goes on answering `token_logprobs`. Nothing moves
+        where one decoder does both."""
+
     @abstractmethod
     def parameter_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
         """Trainable parameters by role, `reasoning` and `denoising`."""

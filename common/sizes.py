@@ -45,6 +45,10 @@ class Sizes(Protocol):
         """Parameters of the policy that the denoiser of a replica holds."""
 
     @property
+    def twice(self) -> int:
+        """Parameters that reasoning engine and denoiser both hold beside the GPU's other work."""
+
+    @property
     def kv_numbers(self) -> int:
         """Keys and values of one token in the reasoning engine, all layers."""
 

@@ -16,6 +16,7 @@ def run_generate(config: TrainConfig, prompt: str, number: int, out: Path, seed:
     """Writes image-0.png ... and generated.json (prompt, reasoning, seeds) to `out`; prints the reasoning."""
     from common.policy import outline
 
+    config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"reasoner_actor": None})})
     if not prompt.strip():
         raise ConfigError("prompt is empty; say what to draw")
     if out.exists() and not out.is_dir():

@@ -54,14 +54,41 @@ def chain_shape(config: TrainConfig, sizes: Sizes, tokens: int | None = None) ->
     )
 
 
-def rollout_memory(config: TrainConfig, sizes: Sizes, device: Device | None) -> ActorMemory:
-    """One replica; on a GPU vLLM takes gpu_memory_utilization of it, weights and KV cache."""
+def replica_memory(config: TrainConfig, sizes: Sizes, device: Device | None) -> list[ActorMemory]:
+    """One replica: the denoiser's actor, which holds vLLM too unless that has an actor of its own."""
     rollout, width = config.rollout, number_bytes(config.rollout.dtype)
     chain = chain_shape(config, sizes)
     images = rollout.groups_per_call * config.data.group_size
+    drawing: dict[str, float] = {
+        "denoiser": sizes.denoiser * width,
+        "frozen parts": sizes.frozen * 4,
+        "drawing": images * sizes.drawing_bytes(chain.image, chain.text, width),
+    }
+    if not config.sampling.think:
+        return [ActorMemory("rollout", rollout.replicas, min(1.0, rollout.gpus), drawing)]
+    engine, remarks, fault = _engine(config, sizes, device)
+    twice = sizes.twice * width / GB
+    where = "the replica" if rollout.reasoner_actor is None else "the two actors"
+    if twice:
+        remarks.append(f"vLLM and the denoiser both hold the reasoning expert: {twice:.3g} of {where} are held twice")
+    if rollout.reasoner_actor is None:
+        return [
+            ActorMemory("rollout", rollout.replicas, min(1.0, rollout.gpus), drawing | engine, tuple(remarks), fault)
+        ]
+    own = min(1.0, rollout.reasoner_actor.gpus)
+    return [
+        ActorMemory("rollout", rollout.replicas, min(1.0, rollout.gpus), drawing),
+        ActorMemory("reasoner", rollout.replicas, own, engine, tuple(remarks), fault),
+    ]
+
+
+def _engine(config: TrainConfig, sizes: Sizes, device: Device | None) -> tuple[dict[str, float], list[str], str]:
+    """vLLM's memory on one GPU, of which it takes gpu_memory_utilization for weights and KV cache, remarks, a fault."""
+    rollout, width = config.rollout, number_bytes(config.rollout.dtype)
+    chain = chain_shape(config, sizes)
     weights = sizes.reasoner * width / rollout.tensor_parallel
     sequence = chain.text * sizes.kv_numbers * width / rollout.tensor_parallel
-    batch = min(REASONER_BATCH, images)
+    batch = min(REASONER_BATCH, rollout.groups_per_call * config.data.group_size)
     if not rollout.gpus:
         cache = float(rollout.kv_cache_mb << 20)
     elif device is None:
@@ -69,22 +96,9 @@ def rollout_memory(config: TrainConfig, sizes: Sizes, device: Device | None) -> 
     else:
         cache = max(0.0, rollout.gpu_memory_utilization * device.memory_gb * GB - weights)
     fits = int(cache // sequence)
-    remark = f"KV cache holds {fits} of {batch} longest sequences at once" if fits < batch else ""
+    remarks = [f"KV cache holds {fits} of {batch} longest sequences at once"] if fits < batch else []
     fault = "" if fits else f"vLLM has no room for one sequence of {chain.text} tokens; raise its memory"
-    return ActorMemory(
-        "rollout",
-        rollout.replicas,
-        min(1.0, rollout.gpus),
-        {
-            "denoiser": sizes.denoiser * width,
-            "reasoner": weights,
-            "KV cache": cache,
-            "frozen parts": sizes.frozen * 4,
-            "drawing": images * sizes.drawing_bytes(chain.image, chain.text, width),
-        },
-        (remark,) if remark else (),
-        fault,
-    )
+    return {"reasoner": weights, "KV cache": cache}, remarks, fault
 
 
 def learner_memory(config: TrainConfig, sizes: Sizes) -> ActorMemory:
@@ -117,7 +131,7 @@ def uses_reference(config: TrainConfig) -> bool:
 
 def actor_memory(config: TrainConfig, sizes: Sizes, device: Device | None = None) -> list[ActorMemory]:
     """The planned actors of a run."""
-    return [rollout_memory(config, sizes, device), learner_memory(config, sizes)]
+    return [*replica_memory(config, sizes, device), learner_memory(config, sizes)]
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def demands(config: TrainConfig, learner_too: bool = True) -> list[Demand]:
     rollout, learner = config.rollout, config.learner
     fewest, _ = config.replica_bounds
     return [
-        Demand("rollout", fewest, rollout.cpus, rollout.gpus * rollout.tensor_parallel, rollout.custom),
+        *(Demand(kind, fewest, given.cpus, given.gpus, given.custom) for kind, given in rollout.actors.items()),
         *([Demand("learner", learner.ranks, learner.cpus, learner.gpus, learner.custom)] if learner_too else []),
         *(Demand(f"reward:{s.name}", s.replicas, s.cpus, s.gpus, s.custom) for s in config.rewards),
     ]

@@ -6,7 +6,6 @@ import os
 import time
 import uuid
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,12 +15,12 @@ from common.actors import building
 from common.bagel.text import system_prompt
 from common.config import TrainConfig
 from common.policy import Guidance, open_policy
-from common.scratch import scratch
 from common.transport import receiver
 from common.types import Chain, Group, ImageSegment, RolloutRequest, RolloutStats, TextSegment, WeightManifest
 from common.weights import held_bucket, unpack
 from rollout.denoiser import Denoiser
-from rollout.reasoner import Completion, Reasoner, write_reasoner_dir
+from rollout.reasoner import Completion, Reasoner, start_reasoner
+from rollout.reasoner_actor import RemoteReasoner
 
 PROBE_LENGTH = 16
 # fp32 kernels of two engines differ in the last bits; a weight that is not the published one differs far more.
@@ -44,6 +43,7 @@ class RolloutReplica:
         dtype = getattr(torch, self.dtype)
         self.checkpoint = open_policy(config.model, dtype, device, frozen=dtype)
         self.checkpoint.policy.eval()
+        self.checkpoint.policy.keep_for_drawing()
         sampling = config.sampling
         self.denoiser = Denoiser(
             self.checkpoint,
@@ -61,25 +61,24 @@ class RolloutReplica:
         self.mixed = False
         self.receiver = receiver(config, torch.device(device))
 
-    def _start_reasoner(self) -> Reasoner:
-        source = self.checkpoint.reasoner
-        limit = self.config.sampling.max_prompt_tokens + self.config.sampling.max_tokens
-        weights = dict(self.checkpoint.policy.reasoning_weights())
-        with scratch() as directory:
-            if not isinstance(source, Path):
-                described, source = source, directory / "reasoner"
-                write_reasoner_dir(source, described, weights.items())
-            return Reasoner(
-                source,
-                shapes={name: tuple(tensor.shape) for name, tensor in weights.items()},
-                eos_token_id=self.checkpoint.chat.end,
-                dtype=self.dtype,
-                max_model_len=limit,
-                max_batch=min(256, self.config.rollout.groups_per_call * self.config.data.group_size),
-                memory_bytes=self.config.rollout.kv_cache_mb << 20,
-                tensor_parallel=self.config.rollout.tensor_parallel,
-                gpu_memory_utilization=self.config.rollout.gpu_memory_utilization,
-            )
+    def _start_reasoner(self) -> Reasoner | RemoteReasoner:
+        """vLLM in this process or, if the recipe says so, in an actor of its own, with the weights of the denoiser."""
+        sampling, rollout = self.config.sampling, self.config.rollout
+        described, weights = self.checkpoint.reasoner, dict(self.checkpoint.policy.reasoning_weights())
+        options = {
+            "shapes": {name: tuple(tensor.shape) for name, tensor in weights.items()},
+            "eos_token_id": self.checkpoint.chat.end,
+            "dtype": self.dtype,
+            "max_model_len": sampling.max_prompt_tokens + sampling.max_tokens,
+            "max_batch": min(256, rollout.groups_per_call * self.config.data.group_size),
+            "memory_bytes": rollout.kv_cache_mb << 20,
+            "tensor_parallel": rollout.tensor_parallel,
+            "gpu_memory_utilization": rollout.gpu_memory_utilization,
+        }
+        elsewhere = rollout.reasoner_actor is not None
+        reasoner = RemoteReasoner(rollout, described, options) if elsewhere else start_reasoner(described, **options)
+        reasoner.load_weights(weights.items())
+        return reasoner
 
     def ping(self) -> str:
         """Answers when the replica is built: which start of the actor this is."""
@@ -124,7 +123,7 @@ class RolloutReplica:
         return held.checksum
 
     @torch.no_grad()
-    def _probe(self, reasoner: Reasoner, version: int) -> None:
+    def _probe(self, reasoner: Reasoner | RemoteReasoner, version: int) -> None:
         ids = np.random.default_rng(0).integers(0, self.checkpoint.policy.vocab_size, PROBE_LENGTH).tolist()
         expected = self.checkpoint.policy.token_logprobs([ids])[0]
         difference = float((torch.tensor(reasoner.probe(ids)) - expected.cpu()).abs().max())

@@ -6,6 +6,7 @@ The understanding half of the policy is a Qwen2 decoder with q/k/v biases and pe
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,10 +16,17 @@ from typing import Any, ClassVar
 import torch
 
 from common.scratch import scratch
-from rollout.reasoner_dir import checked_weights, read_config, reasoner_shapes, save_weights, write_reasoner_dir
+from rollout.reasoner_dir import (
+    checked_weights,
+    read_config,
+    reasoner_config,
+    reasoner_shapes,
+    save_weights,
+    write_reasoner_dir,
+)
 from rollout.reasoner_worker import prepare_cpu
 
-__all__ = ["Completion", "Reasoner", "write_reasoner_dir"]
+__all__ = ["Completion", "Reasoner", "start_reasoner", "write_reasoner_dir"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,7 @@ class Reasoner:
 
     Args:
         directory: what ``write_reasoner_dir`` wrote, or any causal language model in transformers' layout.
+        empty: only the directory's ``config.json`` is read; ``load_weights`` has to come before any request.
         shapes: names and shapes of the weights that ``load_weights`` takes; by default those of ``reasoner_shapes``.
         eos_token_id: the token that ends a completion.
         dtype: of the weights, the activations and the KV cache.
@@ -74,6 +83,7 @@ class Reasoner:
         tensor_parallel: int = 1,
         gpu_memory_utilization: float = 0.4,
         shapes: dict[str, tuple[int, ...]] | None = None,
+        empty: bool = False,
     ) -> None:
         on_cpu = torch.version.cuda is None and torch.version.hip is None
         if on_cpu and tensor_parallel != 1:
@@ -84,7 +94,7 @@ class Reasoner:
         self._dtype = getattr(torch, dtype)
         self._eos_token_id = eos_token_id
         self._max_model_len = max_model_len
-        self._usable = True
+        self._usable = not empty
 
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         # Its warnings are many and none is about this use, among them a traceback as no tokenizer has a chat template.
@@ -105,12 +115,14 @@ class Reasoner:
             self._llm = vllm.LLM(
                 model=str(directory),
                 skip_tokenizer_init=True,
-                load_format="safetensors",
+                load_format="dummy" if empty else "safetensors",
                 generation_config="vllm",
                 dtype=dtype,  # type: ignore[arg-type]
                 max_model_len=max_model_len,
                 max_num_seqs=max_batch,
                 tensor_parallel_size=tensor_parallel,
+                # In a placement group vLLM would look for a bundle of Ray's for each of its workers.
+                distributed_executor_backend="mp" if tensor_parallel > 1 else None,
                 # After the temperature: the distribution actually sampled from.
                 logprobs_mode="processed_logprobs",
                 worker_extension_cls="rollout.weight_engine.WorkerExtension",
@@ -206,19 +218,29 @@ class Reasoner:
             RuntimeError: if a weight of the model was not given, one given is not the model's, or the engine does not
                 hold them afterwards. It may then hold a mixture and refuses to generate until a load succeeds.
         """
-        checked = ((name, value.to(self._dtype)) for name, value in checked_weights(weights, self._shapes))
+        self.begin_load()
+        self.load_part(checked_weights(weights, self._shapes))
+        self.end_load()
+
+    def begin_load(self) -> None:
+        """From here to ``end_load`` the weights are a mixture, and nothing is generated."""
         self._usable = False
-        try:
-            if self._in_process:
-                self._hand_over(list(checked))
-            else:
-                memory = Path("/dev/shm")
-                with scratch(memory if memory.is_dir() else None) as directory:
-                    file = str(directory / "weights.safetensors")
-                    save_weights(checked, file)
-                    self._hand_over(file)
-        finally:
-            self._reset_prefix_cache()
+
+    def load_part(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Replaces some weights. RuntimeError as for ``load_weights``."""
+        given = ((name, value.to(self._dtype)) for name, value in weights)
+        if self._in_process:
+            self._hand_over(list(given))
+            return
+        memory = Path("/dev/shm")
+        with scratch(memory if memory.is_dir() else None) as directory:
+            file = str(directory / "weights.safetensors")
+            save_weights(given, file)
+            self._hand_over(file)
+
+    def end_load(self) -> None:
+        """All weights are replaced."""
+        self._reset_prefix_cache()
         self._usable = True
 
     def _hand_over(self, weights: list[tuple[str, torch.Tensor]] | str) -> None:
@@ -232,9 +254,7 @@ class Reasoner:
         from vllm.sampling_params import RequestOutputKind
 
         if not self._usable:
-            raise RuntimeError(
-                "the last load_weights failed, so the weights may be a mixture, or the reasoner is closed"
-            )
+            raise RuntimeError("the reasoner has no weights yet or a mixture, as the last load failed, or it is closed")
         for ids in prompts:
             if not ids or min(ids) < 0 or max(ids) >= self._vocab_size:
                 raise ValueError(f"a prompt needs token ids, all from 0 to {self._vocab_size - 1}")
@@ -255,3 +275,13 @@ class Reasoner:
     def _reset_prefix_cache(self) -> None:
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache")
+
+
+def start_reasoner(described: dict[str, Any] | Path, **options: Any) -> Reasoner:
+    """An engine whose weights ``load_weights`` will give. described: a directory in transformers' layout, or the
+    decoder's ``llm_config``; options: further arguments of ``Reasoner``."""
+    with scratch() as directory:
+        if isinstance(described, dict):
+            (directory / "config.json").write_text(json.dumps(reasoner_config(described)))
+            described = directory
+        return Reasoner(described, empty=True, **options)

@@ -92,6 +92,17 @@ def checked_weights(
         raise RuntimeError(f"{len(missing)} weights were not given: {', '.join(sorted(missing)[:5])}")
 
 
+def reasoner_config(llm_config: dict[str, Any]) -> dict[str, Any]:
+    """``config.json`` of the reasoner that BAGEL's ``llm_config.json`` describes."""
+    config = {key: value for key, value in llm_config.items() if key not in _DROPPED_KEYS}
+    config |= {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+    config.setdefault("qk_norm", False)
+    config.setdefault("tie_word_embeddings", False)
+    if "rope_parameters" not in config:
+        config.setdefault("rope_theta", 1e6)
+    return config
+
+
 def write_reasoner_dir(
     path: str | Path, llm_config: dict[str, Any], weights: Iterable[tuple[str, torch.Tensor]]
 ) -> None:
@@ -109,17 +120,11 @@ def write_reasoner_dir(
     """
     path = Path(path)
     shapes = reasoner_shapes(llm_config)
-    config = {key: value for key, value in llm_config.items() if key not in _DROPPED_KEYS}
-    config |= {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
-    config.setdefault("qk_norm", False)
-    config.setdefault("tie_word_embeddings", False)
-    if "rope_parameters" not in config:
-        config.setdefault("rope_theta", 1e6)
     aside = path.with_name(f".{path.name}.{os.getpid()}.new")
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
     aside.mkdir(parents=True)
     try:
-        (aside / "config.json").write_text(json.dumps(config, indent=1))
+        (aside / "config.json").write_text(json.dumps(reasoner_config(llm_config), indent=1))
         save_weights(checked_weights(weights, shapes), aside / "model.safetensors")
         if path.exists():
             path.rename(old)

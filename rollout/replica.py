@@ -10,9 +10,8 @@ from typing import Any, Literal
 
 import ray
 
-from common.actors import Placement
+from common.actors import Placement, options
 from common.config import TrainConfig
-from common.runtime import thread_env
 from common.transport import Publication
 from rollout.actor import RolloutReplica
 from rollout.batch import Work
@@ -52,17 +51,10 @@ class Replica:
 
     def start(self, config: TrainConfig) -> Any:
         """The actor, in its room."""
-        resources, name = config.rollout, f"{config.run_name}-{self.name}"
-        gpus = resources.gpus * resources.tensor_parallel
-        self.room = Placement({"CPU": resources.cpus, "GPU": gpus, **resources.custom}, name=name)
+        name, (own, *beside) = f"{config.run_name}-{self.name}", config.rollout.actors.values()
+        self.room = Placement(own.asked, name=name, beside=[resources.asked for resources in beside])
         actor = ray.remote(RolloutReplica).options(
-            name=name,
-            num_cpus=resources.cpus,
-            num_gpus=gpus,
-            resources=resources.custom,
-            max_restarts=-1,
-            scheduling_strategy=self.room.slot(),
-            runtime_env={"env_vars": thread_env(resources.cpus)},
+            name=name, max_restarts=-1, scheduling_strategy=self.room.slot(), **options(own)
         )
         return actor.remote(config)
 

@@ -52,6 +52,10 @@ class BagelSizes:
         return self.policy
 
     @property
+    def twice(self) -> int:
+        return self.reasoner  # the image attends to what the reasoning expert makes of the text
+
+    @property
     def kv_numbers(self) -> int:
         return 2 * self.config.llm_config.num_hidden_layers * self._kv
 

@@ -72,7 +72,8 @@ class ComposedPolicy(Policy):
         return logp.gather(-1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
     def token_logprobs(self, texts: list[list[int]]) -> list[Tensor]:
-        layout = lay_out_texts(texts, [(1, len(text)) for text in texts], self.device)
+        device = next(self.reasoner.parameters()).device
+        layout = lay_out_texts(texts, [(1, len(text)) for text in texts], device)
         return list(self.score(*layout)[0].split([len(text) - 1 for text in texts]))
 
     def velocity(self, x_t: Tensor, t: Tensor, context: Conditioning, grid: tuple[int, int]) -> Tensor:
@@ -92,6 +93,9 @@ class ComposedPolicy(Policy):
             # transformers recomputes in training mode only, and the rest of the model must not leave evaluation mode.
             if isinstance(module, GradientCheckpointingLayer):
                 module.training = True
+
+    def keep_for_drawing(self) -> None:
+        self.reasoner.to("cpu")
 
     def parameter_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
         groups: dict[str, list[tuple[str, nn.Parameter]]] = {"reasoning": [], "denoising": []}

@@ -154,6 +154,16 @@ def test_token_logprobs_of_a_padded_batch_are_those_of_each_text(opened: dict[st
             close(found, logits.log_softmax(-1)[:-1].gather(1, torch.tensor(text[1:])[:, None])[:, 0], atol=1e-5)
 
 
+def test_a_language_model_kept_in_host_memory_goes_on_answering(tiny_models: Path) -> None:
+    """The meta device stands in for the GPU that the transformer stays on."""
+    policy = open_policy(Model(path=str(tiny_models / "qwen2"), pipeline=str(tiny_models / "sd3")), frozen=None).policy
+    (before,) = policy.token_logprobs([[5, 6, 7]])
+    policy.transformer.to("meta")
+    policy.keep_for_drawing()
+    assert policy.device.type == "meta"
+    assert torch.equal(policy.token_logprobs([[5, 6, 7]])[0], before)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_saved_is_read_by_both_libraries_and_by_us(
     opened: dict[str, OpenPolicy], tmp_path: Path, family: str

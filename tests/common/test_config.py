@@ -114,6 +114,14 @@ def test_unknown_keys_are_named_with_the_closest_known_one(data: dict[str, Any],
             ["sampling.cfg.interval is [0.5, 0.2]", "low < high"],
         ),
         (
+            {"rollout": {"gpus": 1, "reasoner_actor": {}}},
+            ["rollout.gpus is 1 but rollout.reasoner_actor.gpus is 0", "both on GPUs or both on CPUs"],
+        ),
+        (
+            {"sampling": {"think": False}, "objective": {"text_weight": 0}, "rollout": {"reasoner_actor": {}}},
+            ["rollout.reasoner_actor is set but sampling.think is false", "remove it"],
+        ),
+        (
             {"objective": {"epochs": 2}, "max_staleness": 1},
             ["objective.epochs is 2 but max_staleness is 1", "old means of stale chains", "max_staleness to 0"],
         ),

@@ -26,7 +26,9 @@ from rollout.pool import RolloutPool
 PROMPTS, CHAINS = 2, 3
 
 
-def config_of(root: Path, family: str, reasoner: str, **learner: object) -> TrainConfig:
+def config_of(
+    root: Path, family: str, reasoner: str, learner: dict[str, object], rollout: dict[str, object]
+) -> TrainConfig:
     return validate(
         {
             "run_name": f"composed-{family}",
@@ -40,7 +42,7 @@ def config_of(root: Path, family: str, reasoner: str, **learner: object) -> Trai
                 "window_size": 2,
             },
             "optimizer": {"lr_reasoning": 1e-3, "lr_denoising": 1e-3},
-            "rollout": {"replicas": 1, "dtype": "float32", "deadline_s": 250},
+            "rollout": {"replicas": 1, "dtype": "float32", "deadline_s": 250, **rollout},
             "learner": {"ranks": 1, "dtype": "float32", "deadline_s": 250, **learner},
         }
     )
@@ -67,13 +69,23 @@ def redness(groups: list[Group]) -> NDArray[np.float64]:
 
 
 @pytest.mark.parametrize(
-    ("family", "reasoner", "learner"),
-    [("sd3", "qwen2", {"ranks": 2}), ("flux", "llama", {}), ("qwen_image", "qwen2", {"lora": {"rank": 4}})],
+    ("family", "reasoner", "learner", "rollout"),
+    [
+        ("sd3", "qwen2", {"ranks": 2}, {}),
+        ("flux", "llama", {}, {"reasoner_actor": {}, "transport": "collective"}),
+        ("qwen_image", "qwen2", {"lora": {"rank": 4}}, {}),
+    ],
 )
 def test_one_training_step(
-    local_ray: None, tiny_models: Path, tmp_path: Path, family: str, reasoner: str, learner: dict[str, object]
+    local_ray: None,
+    tiny_models: Path,
+    tmp_path: Path,
+    family: str,
+    reasoner: str,
+    learner: dict[str, object],
+    rollout: dict[str, object],
 ) -> None:
-    config = config_of(tiny_models, family, reasoner, **learner)
+    config = config_of(tiny_models, family, reasoner, learner, rollout)
     check_inputs(config)
     pool = RolloutPool(config)
     try:

@@ -21,7 +21,8 @@ from deploy.bench.measure import random_policy
 from deploy.bench.packed import _batch, random_work
 from deploy.cli import app
 from deploy.devices import DEVICES, parse_gpus
-from deploy.plan import learner_memory, rollout_memory, step_time
+from deploy.plan import learner_memory, replica_memory, step_time
+from deploy.preflight import demands
 
 SHAPES = Path(__file__).parents[2] / "deploy/models/shapes"
 GPU_RUN = {
@@ -115,12 +116,25 @@ def test_a_run_without_a_reference_has_none(sizes: BagelSizes) -> None:
 def test_vllm_takes_its_share_and_is_refused_without_room_for_a_sequence(sizes: BagelSizes) -> None:
     device = DEVICES["H100-80GB"]
     config = validate(GPU_RUN)
-    memory = rollout_memory(config, sizes, device)
+    (memory,) = replica_memory(config, sizes, device)
     assert memory.parts["reasoner"] + memory.parts["KV cache"] == pytest.approx(0.4 * 80e9)
     assert not memory.fault
     big = BagelSizes.read(describing("models/BAGEL-7B-MoT"))
     starved = validate({**GPU_RUN, "rollout": {**GPU_RUN["rollout"], "gpu_memory_utilization": 0.15}})
-    assert "no room for one sequence" in rollout_memory(starved, big, device).fault
+    assert "no room for one sequence" in replica_memory(starved, big, device)[0].fault
+
+
+def test_a_reasoner_of_its_own_leaves_the_replica_the_denoiser(sizes: BagelSizes) -> None:
+    device = DEVICES["H100-80GB"]
+    own = {"rollout": {**GPU_RUN["rollout"], "reasoner_actor": {"gpus": 1}}}
+    (together,) = replica_memory(validate(GPU_RUN), sizes, device)
+    drawing, reasoning = replica_memory(validate({**GPU_RUN, **own}), sizes, device)
+    assert drawing.parts | reasoning.parts == together.parts and not drawing.parts.keys() & reasoning.parts.keys()
+    assert (drawing.kind, reasoning.kind, reasoning.count, reasoning.share) == ("rollout", "reasoner", 1, 1)
+    held = f"{sizes.trainable['reasoning'] * 2 / 1e9:.3g} of the"
+    assert held in together.remarks[-1] and held in reasoning.remarks[-1]
+    asked = {demand.kind: demand.gpus for demand in demands(validate({**GPU_RUN, **own}))}
+    assert asked["rollout"] == asked["reasoner"] == 1
 
 
 def test_time_follows_rates_and_work(sizes: BagelSizes) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import ray
 from published import publish
@@ -20,11 +21,12 @@ from ray.exceptions import RayActorError
 from common.actors import building
 from common.bagel import checkpoint as store
 from common.bagel.config import CheckpointError
-from common.config import ConfigError, TrainConfig, resolve_path
+from common.config import ConfigError, ReasonerResources, TrainConfig, resolve_path
 from common.prompts import PromptOrder, read_prompts
 from common.recipe import load_config
 from common.transport.object_store import ObjectStorePublication
 from common.types import Group, RolloutStats
+from deploy.chaos.cluster import title
 from deploy.requests import training_requests
 from rollout.actor import RolloutReplica
 from rollout.batch import Work
@@ -143,6 +145,32 @@ def test_late_news_of_a_death_is_no_try_and_no_restart(
     assert all(same(a, b) for a, b in zip(calm, found, strict=True))
     until(lambda: pool.serving == 2 and replica.holds is pool.weights)
     assert [work.deaths for work in given] == [0] and pool.restarts == restarts and pool.rerun_groups == reruns + 1
+
+
+def reasoner_pids() -> list[int]:
+    family = psutil.Process().children(recursive=True)
+    return [process.pid for process in family if "ReasonerActor" in title(process)]
+
+
+def test_a_reasoner_in_an_actor_of_its_own_draws_the_same_chains_and_is_replaced(
+    pool: RolloutPool, config: TrainConfig
+) -> None:
+    calm, weights = collect(pool, config), pool.weights
+    rollout = config.rollout.model_copy(update={"replicas": 1, "reasoner_actor": ReasonerResources()})
+    assert weights is not None and reasoner_pids() == []
+    apart = RolloutPool(config.model_copy(update={"run_name": "apart", "rollout": rollout}))
+    try:
+        apart.wait_ready()
+        apart.sync(weights)
+        assert all(same(a, b) for a, b in zip(calm, collect(apart, config), strict=True))
+        (replica,), (first,) = apart.replicas, reasoner_pids()
+        os.kill(first, signal.SIGKILL)
+        # The replica does not go on without it.
+        assert all(same(a, b) for a, b in zip(calm, collect(apart, config), strict=True))
+        assert apart.restarts == 1 and replica.holds is weights and first not in reasoner_pids()
+    finally:
+        apart.close()
+    until(lambda: reasoner_pids() == [])
 
 
 def test_replicas_join_and_leave_a_live_pool(

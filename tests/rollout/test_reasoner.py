@@ -18,6 +18,7 @@ from rollout.reasoner import Completion, Reasoner, write_reasoner_dir
 from rollout.reasoner_dir import reasoner_shapes, understanding_weights
 
 EOS = json.loads((GOLDEN / "README.json").read_text())["special_token_ids"]["eos_token_id"]
+VOCABULARY = json.loads((GOLDEN / "ckpt/llm_config.json").read_text())["vocab_size"]
 # Longer than a KV block of any platform, so that later requests can be served from the prefix cache.
 LONG = 150
 # Of log-probabilities in float32, at most 5e-6 off where measured.
@@ -62,7 +63,7 @@ def reasoner(engine: Reasoner, weights: Weights) -> Reasoner:
 
 def random_prompts(count: int, length: int, seed: int = 0) -> list[list[int]]:
     rng = random.Random(seed)
-    return [[rng.randrange(500) for _ in range(length)] for _ in range(count)]
+    return [[rng.randrange(VOCABULARY) for _ in range(length)] for _ in range(count)]
 
 
 def reference_logprobs(llm_config: dict[str, Any], weights: Weights, ids: list[int]) -> np.ndarray:
@@ -248,7 +249,12 @@ def test_weights_that_vllm_did_not_take_are_noticed(
 
 
 def test_arguments_that_cannot_be_served_are_refused(reasoner: Reasoner) -> None:
-    refused: list[tuple[list[list[int]], list[int]]] = [([[]], [0]), ([[520]], [0]), ([[1] * 320], [0]), ([[1]], [-1])]
+    refused: list[tuple[list[list[int]], list[int]]] = [
+        ([[]], [0]),
+        ([[VOCABULARY]], [0]),
+        ([[1] * 320], [0]),
+        ([[1]], [-1]),
+    ]
     for prompts, seeds in [*refused, ([[1]], [])]:
         with pytest.raises(ValueError):
             reasoner.generate(prompts, seeds, max_tokens=1)
