@@ -279,8 +279,11 @@ def main() -> None:
     """Entry point: bad input is one line on stderr and exit code 2; a run that stops over NaN, infinity or its
     self-test, code 1."""
     if not os.environ.get("RAY_ADDRESS"):
-        # A Ray of this machine alone listens on loopback; read when Ray is imported, and named after its first use.
+        # On this machine alone everything listens on loopback: Ray, which reads this when it is imported and names it
+        # after its first use, and the actors' process groups.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        if sys.platform == "linux":
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         app()

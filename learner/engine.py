@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common.transport.store import join, serve
+
 PERSISTENT = 100_000
 """Elements up to which ZeRO-3 leaves a parameter whole between its uses."""
 
@@ -33,12 +35,10 @@ def init_process_group(rank: int, world: int, address: str, deadline_s: float) -
     if not cuda:
         # Without this, the first collective compiles an extension for up to 80 s; gloo does the work either way.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    host, _, port = address.rpartition(":")
+    store = serve(host, int(port), deadline_s, world) if rank == 0 else join(host, int(port), deadline_s, world)
     torch.distributed.init_process_group(
-        "nccl" if cuda else "gloo",
-        init_method=f"tcp://{address}",
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=deadline_s),
+        "nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=deadline_s)
     )
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0")
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", dist_init_required=False, verbose=False)

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from common.transport import TransportError
+from common.transport.store import join, serve
 from common.types import WeightManifest
 from common.weights import nbytes
 
@@ -95,7 +96,7 @@ class CollectiveSender:
         """wait_s: longest wait for a round's members, and for one bucket."""
         self.device, self.wait_s = device, wait_s
         host = ray.util.get_node_ip_address()
-        self._store = dist.TCPStore(host, 0, None, True, timedelta(seconds=wait_s), wait_for_workers=False)
+        self._store = serve(host, 0, wait_s)
         self.address = f"{host}:{self._store.port}"
         self._group: Group | None = None
 
@@ -175,7 +176,7 @@ class CollectiveReceiver:
 
 def _connect(address: str) -> dist.TCPStore:
     host, _, port = address.rpartition(":")
-    return dist.TCPStore(host, int(port), None, False, timedelta(seconds=10), wait_for_workers=False)
+    return join(host, int(port), 10)
 
 
 def _abort(store: dist.Store, name: str, reason: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import ray
 import torch
+from listening import listening
 
 from common.runtime import thread_env
 from common.transport import TransportError
@@ -126,6 +127,8 @@ def transfer(learner: Any, members: list[Any], version: int) -> list[list[str]]:
 
 def test_members_get_what_they_lack_and_a_lost_one_ends_nobody(learner: Any, members: list[Any]) -> None:
     everything, changed = list(NAMES), ["b"]
+    host, _, port = ray.get(learner.address.remote()).rpartition(":")
+    assert listening(int(port)) == {host}, "not on all of the machine's addresses"
     assert transfer(learner, members, 1) == [everything] * 2
     assert transfer(learner, members, 2) == [changed] * 2, "in the same group, and only what changed"
     members.append(start(Member))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from chains import changed, make_engine, snapshot
 from golden_numbers import CHECKPOINT, close
+from listening import listening
 
 from common.bagel import checkpoint as store
 from common.bagel.policy import BagelPolicy, PackedBatch, pack_batch
@@ -47,6 +48,13 @@ def train(engine: Engine, seeds: range) -> None:
 
 def named(policy: BagelPolicy) -> list[tuple[str, torch.nn.Parameter]]:
     return [pair for pairs in policy.parameter_groups().values() for pair in pairs]
+
+
+def test_ranks_meet_on_the_address_they_were_given_alone() -> None:
+    store = torch.distributed.distributed_c10d._get_default_store()
+    while isinstance(store, torch.distributed.PrefixStore):
+        store = store.underlying_store
+    assert listening(store.port) == {"127.0.0.1"}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
