@@ -79,6 +79,9 @@ def group(local_ray: None, config: TrainConfig) -> Iterator[LearnerGroup]:
 def test_a_lost_rank_a_full_disk_and_another_number_of_ranks(
     group: LearnerGroup, config: TrainConfig, golden_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
+    group.check_sees(tmp_path)
+    with pytest.raises(ConfigError, match=r"/driver's/own, which .* learner's node 127\.0\.0\.1 \(.*share"):
+        group.check_sees(Path("/driver's/own"))
     chains = make_chains(golden_checkpoint, 4)
     refs = [ray.put(Group(Prompt(str(b), "p", {}), 0, tuple(chains[2 * b : 2 * b + 2]))) for b in range(2)]
     assert "  ends, learning rate 0.001: " in group.parameters()
