@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from functools import reduce
 from typing import Any
 
 import pytest
 import yaml
 
-from common.config import REPOSITORY
+from common.config import REPOSITORY, Section, TrainConfig
+from common.events import EVENTS
 from common.metrics import METRICS, exported
 from deploy import dashboard
 
@@ -69,6 +71,18 @@ def test_every_alert_names_exported_metrics_and_a_section_of_the_runbook() -> No
         assert rule["labels"]["severity"] in ("page", "ticket")
         assert rule["annotations"]["summary"].split("Runbook: ")[1] in headings
         assert re.fullmatch(r"\d+[mh]", rule.get("for", "1m"))
+
+
+def test_the_runbook_names_fields_metrics_and_events_that_exist() -> None:
+    named = set(re.findall(r"`([a-z_]+(?:[./][a-z_]+)*)(?:=[^`]*)?`", RUNBOOK.read_text()))
+    sections = {field for field, value in TrainConfig() if isinstance(value, Section)}
+    fields = {name for name in named if name.partition(".")[0] in sections and "." in name}
+    metrics = {name for name in named if "/" in name and f"{name.partition('/')[0]}/" in " ".join(METRICS)}
+    events = {name for name in named if re.fullmatch(r"(replica|learner|reward|checkpoint)_[a-z]+", name)}
+    assert min(len(fields), len(metrics), len(events)) > 4
+    for name in fields:
+        reduce(getattr, name.split("."), TrainConfig())
+    assert metrics <= METRICS.keys() and events <= EVENTS.keys()
 
 
 def test_prometheus_reads_the_rules_and_rays_own_list_of_nodes() -> None:
