@@ -188,9 +188,6 @@ def test_what_is_saved_is_read_by_both_libraries_and_by_us(
         outline(Model(path=str(tmp_path / "saved"), pipeline=str(tmp_path)))
 
 
-# --- adapters -------------------------------------------------------------------------------------------------------
-
-
 def test_adapters_start_without_effect_and_merge_into_plain_weights(tiny_models: Path) -> None:
     opened = open_policy(model(tiny_models, "qwen_image"))
     policy, text, size = opened.policy, [[4, 8, 15, 16]], (HEIGHT, HEIGHT)
@@ -242,9 +239,6 @@ def test_adapters_of_bagel_are_in_both_experts_and_merge_into_its_own_names() ->
 def test_adapters_need_a_layer_in_both_halves(tiny_models: Path) -> None:
     with pytest.raises(ConfigError, match=r"learner\.lora\.target_modules is q_proj: no linear layer of the denoising"):
         lora.add_adapters(open_policy(model(tiny_models, "flux"), frozen=None).policy, Lora(target_modules=("q_proj",)))
-
-
-# --- what is refused ------------------------------------------------------------------------------------------------
 
 
 def edit_json(path: Path, **changes: Any) -> None:

@@ -21,6 +21,8 @@ EOS = json.loads((GOLDEN / "README.json").read_text())["special_token_ids"]["eos
 VOCABULARY = json.loads((GOLDEN / "ckpt/llm_config.json").read_text())["vocab_size"]
 # Longer than a KV block of any platform, so that later requests can be served from the prefix cache.
 LONG = 150
+# Most tokens of a request: a long one with its completion, or a recorded text.
+LIMIT = 2 * LONG + len(golden("bagel/text.npz")["c_ids"])
 # Of log-probabilities in float32, at most 5e-6 off where measured.
 TOLERANCE = 1e-5
 
@@ -49,7 +51,7 @@ def engine(
 ) -> Iterator[Reasoner]:
     directory = tmp_path_factory.mktemp("reasoner") / "model"
     write_reasoner_dir(directory, llm_config, weights.items())
-    reasoner = Reasoner(directory, eos_token_id=EOS, max_model_len=320, max_batch=96)
+    reasoner = Reasoner(directory, eos_token_id=EOS, max_model_len=LIMIT, max_batch=96)
     yield reasoner
     reasoner.close()
 
@@ -252,7 +254,7 @@ def test_arguments_that_cannot_be_served_are_refused(reasoner: Reasoner) -> None
     refused: list[tuple[list[list[int]], list[int]]] = [
         ([[]], [0]),
         ([[VOCABULARY]], [0]),
-        ([[1] * 320], [0]),
+        ([[1] * LIMIT], [0]),
         ([[1]], [-1]),
     ]
     for prompts, seeds in [*refused, ([[1]], [])]:
