@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from common.config import ConfigError
+from common.config import ConfigError, resolve_path
 from common.events import read_events
 from common.metrics import METRICS
 from common.recipe import load_config
@@ -22,6 +23,9 @@ from common.records import read_groups
 from common.rundir import RunDirectory
 from deploy.control import scale
 from deploy.grid import CELL
+from deploy.reproduction.cells import cell_file, read_cells
+from deploy.reproduction.command import reproduce
+from deploy.reproduction.rows import Plan, stages
 from learner.checkpoint import newest_whole, verify
 
 SMALL = [
@@ -37,7 +41,6 @@ SMALL = [
     "recording.latents=true",
     "recording.timeline_every=2",
     "checkpoints.every=1",
-    "checkpoints.keep=5",
 ]
 # What must come out equal when a run is repeated or resumed; the rest are times.
 DETERMINISTIC = [
@@ -45,9 +48,11 @@ DETERMINISTIC = [
 ]
 
 
+UNIGRPO = str(Path(sys.executable).with_name("unigrpo"))
+
+
 def command(runs: Path, name: str, *extra: str) -> list[str]:
-    return [str(Path(sys.executable).with_name("unigrpo")), "train", "shapes", *SMALL, f"runs_dir={runs}",
-            f"run_name={name}", *extra]  # fmt: skip
+    return [UNIGRPO, "train", "shapes", *SMALL, f"runs_dir={runs}", f"run_name={name}", *extra]
 
 
 def run(arguments: list[str]) -> str:
@@ -57,22 +62,29 @@ def run(arguments: list[str]) -> str:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    """Three uninterrupted steps, on one replica in the end."""
-    whole = RunDirectory(tmp_path_factory.mktemp("runs") / "whole")
-    process = subprocess.Popen(
-        command(whole.path.parent, "whole", "steps=3"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    while not whole.status.exists():
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.05)
-    assert sorted(scale(whole.path, 1)) == ["rollout-0", "rollout-1"]
-    output = process.communicate(timeout=280)[0]
-    assert process.returncode == 0, output[-6000:]
-    assert "report:" in output
-    table = whole.parameters.read_text()
-    assert "  reasoning, learning rate 0.0001: " in table and table in output
-    return whole
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    return Plan(("unigrpo",), (0,), 3, tuple(SMALL), tmp_path_factory.mktemp("reproduction") / "page")
+
+
+@pytest.fixture(scope="module")
+def whole(plan: Plan) -> Iterator[RunDirectory]:
+    """Three uninterrupted steps, on one replica in the end: the run of a cell of `unigrpo reproduce`."""
+    asked = [*SMALL, "--rows", "unigrpo", "--seeds", "0", "--steps", "3", "--out", str(plan.out)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UNIGRPO_HOME", str(plan.out.parent))
+        whole = RunDirectory(stages(plan, "unigrpo", 0)[0].directory)
+        process = subprocess.Popen(
+            [UNIGRPO, "reproduce", *asked], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        while not whole.status.exists():
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.05)
+        assert sorted(scale(whole.path, 1)) == ["rollout-0", "rollout-1"]
+        output = process.communicate(timeout=280)[0]
+        assert process.returncode == 0, output[-6000:]
+        table = whole.parameters.read_text()
+        assert "  reasoning, learning rate 0.0001: " in table and table in output
+        yield whole
 
 
 def test_every_documented_metric_is_there(whole: RunDirectory) -> None:
@@ -109,7 +121,8 @@ def test_both_halves_are_trained_and_published(whole: RunDirectory) -> None:
     assert [row["weights/version"] for row in rows] == [1, 2, 3]
     assert all(row["grad_norm/reasoning"] > 0 and row["grad_norm/denoising"] > 0 for row in rows)
     assert rows[2]["image/velocity_mse"] > 0
-    before, after = (load_file(whole.checkpoint(step) / "policy" / "ema.safetensors") for step in (1, 3))
+    start, trained = resolve_path(load_config("shapes").model.path), whole.checkpoint(3) / "policy"
+    before, after = (load_file(directory / "ema.safetensors") for directory in (start, trained))
     moved = {name for name in before if (before[name] != after[name]).any()}
     assert any("_moe_gen" in name for name in moved)
     assert any("_moe_gen" not in name and "self_attn" in name for name in moved)
@@ -158,6 +171,18 @@ def test_eval_finds_what_the_training_found_and_starts_no_learner(whole: RunDire
         assert picture.format == "PNG" and picture.height > 7 * CELL
 
 
+def test_a_finished_cell_is_not_run_again(whole: RunDirectory, plan: Plan) -> None:
+    path, results = cell_file(plan, "unigrpo", 0), whole.read_evaluations()
+    (cell,), text = read_cells(plan).cells["unigrpo"], path.read_text()
+    assert sum(cell["result"]["strict"]) / sum(cell["result"]["images"]) == pytest.approx(results[3]["strict"])
+    assert cell["curves"]["reward/mean"] == pytest.approx(
+        [row["reward/mean"] for row in whole.read_metrics()], abs=1e-3
+    )
+    assert str(plan.out.parent) not in text
+    page = reproduce(plan)
+    assert path.read_text() == text and "| UniGRPO |" in page.read_text()
+
+
 def test_events_tell_the_story_of_the_run(whole: RunDirectory) -> None:
     events = read_events(whole.events)
     kinds = [line["event"] for line in events]
@@ -194,7 +219,9 @@ def test_a_killed_run_resumes_as_if_it_had_not_stopped(whole: RunDirectory, tmp_
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     # More replicas change no number, and weights that were broadcast are those that each would have fetched.
-    run([arguments[0], "train", "--resume", str(killed.path), "rollout.replicas=2", "rollout.transport=collective"])
+    resume = [UNIGRPO, "train", "--resume", str(killed.path)]
+    output = run([*resume, "rollout.replicas=2", "rollout.transport=collective"])
+    assert f"report: {killed.report}" in output and killed.report.exists()
     expected, got = whole.read_metrics(), killed.read_metrics()
     assert [row["step"] for row in got] == [0, 1, 2]
     for wanted, found in zip(expected, got, strict=True):

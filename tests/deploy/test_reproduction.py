@@ -1,10 +1,7 @@
-"""`unigrpo reproduce`: the page from synthetic cells, and one real cell at tiny size that is not run twice."""
+"""`unigrpo reproduce`: the page from synthetic cells, and what is run and what is not."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -196,23 +193,3 @@ def test_an_unfinished_run_of_other_settings_is_not_continued(tmp_path: Path, mo
     RunDirectory(config.directory).create("steps: 1\n")  # by hand: a directory is named after what is run in it
     with pytest.raises(ConfigError, match="is a run of other settings; remove it"):
         run_cell(plan, "sft", 0)
-
-
-def test_one_cell_runs_once(tmp_path: Path) -> None:
-    small = ["data.prompts_per_step=2", "data.group_size=4", "evaluation.prompts=7", "evaluation.images_per_prompt=2"]
-    command = [
-        *(sys.executable, "-c", "from deploy.cli import main; main()", "reproduce", *small),
-        *("rollout.replicas=1", "learner.ranks=1"),
-        *("--rows", "flowgrpo", "--seeds", "0", "--steps", "1", "--out", "page"),
-    ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    path = tmp_path / "page" / "cells" / "flowgrpo-seed0.json"
-    cell = json.loads(path.read_bytes())
-    assert (cell["row"], cell["origin"]["steps"], len(cell["result"]["tags"])) == ("flowgrpo", [1], 7)
-    assert cell["curves"]["reward/shapes/ta"][0] is not None
-    assert str(tmp_path) not in path.read_text()
-    before = path.stat().st_mtime_ns
-    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280)
-    assert again.returncode == 0 and path.stat().st_mtime_ns == before
-    assert "FlowGRPO, no thinking" in (tmp_path / "page.md").read_text()
