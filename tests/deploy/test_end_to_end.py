@@ -23,6 +23,7 @@ from common.records import read_groups
 from common.rundir import RunDirectory
 from deploy.control import scale
 from deploy.grid import CELL
+from deploy.report import write_report
 from deploy.reproduction.cells import cell_file, read_cells
 from deploy.reproduction.command import reproduce
 from deploy.reproduction.rows import Plan, stages
@@ -153,7 +154,7 @@ def test_checkpoints_evaluations_and_report(whole: RunDirectory) -> None:
     assert list(results) == [0, 3]
     assert results[0]["n_prompts"] == 7 and results[0]["images_per_prompt"] == 2
     assert results[0]["version"] == 0 and results[3]["version"] == 3
-    assert "data:image/png;base64" in whole.report.read_text()
+    assert "data:image/png;base64" in write_report(whole).read_text()
     assert list(whole.tensorboard.iterdir())
 
 
