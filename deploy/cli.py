@@ -252,7 +252,7 @@ def chaos(
     """Train on a small cluster of this machine while killing actors, nodes and the driver; then look for damage."""
     from deploy.chaos.command import OVERRIDES, rage, summary
 
-    config = load_config(recipe, ["run_name=chaos", *OVERRIDES, f"steps={kills + 2}", *(overrides or [])])
+    config = load_config(recipe, ["run_name=chaos", *OVERRIDES, f"steps={kills + kills // 4 + 2}", *(overrides or [])])
     storm = rage(config, kills, seed, minutes, typer.echo)
     typer.echo(summary(storm, config))
     raise typer.Exit(bool(storm.problems))

@@ -34,7 +34,7 @@ def test_a_run_survives_a_kill_of_every_actor_and_of_a_node(tmp_path: Path) -> N
     command += ["max_staleness=1"]  # so that groups are in flight when the learner dies
     done = subprocess.run([*command, "--kills", "4", "--seed", "8"], capture_output=True, text=True, timeout=850)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
-    assert "4 kills in" in done.stdout and "6 steps, 1 drivers, 0 problems" in done.stdout
+    assert "4 kills in" in done.stdout and "7 steps, 1 drivers, 0 problems" in done.stdout
     assert all(f"{kind} killed" in done.stdout for kind in KINDS if kind != "driver")
 
 
