@@ -58,8 +58,6 @@ def _guidance(config: TrainConfig) -> Iterator[str]:
             yield f"{name}.cfg.image_scale is {cfg.image_scale:g} but {name}.cfg.text_scale is 1, which is no guidance"
         if not 0 <= cfg.interval[0] < cfg.interval[1] <= 1:
             yield f"{name}.cfg.interval is {list(cfg.interval)}; give 0 <= low < high <= 1"
-        if cfg.enabled and config.model.pipeline:
-            yield f"{name}.cfg.text_scale is {cfg.text_scale:g} but a model.pipeline is drawn with one branch; give 1"
     if training.enabled and not evaluation.enabled:
         yield (
             f"sampling.cfg.text_scale is {training.text_scale:g} but evaluation.cfg.text_scale is 1; a policy trained "

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from common.config import ConfigError, Optimizer
+from common.config import ConfigError, Learner, Optimizer
 from common.policy import Policy
 
 
@@ -30,6 +30,15 @@ def freeze(policy: Policy, patterns: Iterable[str]) -> None:
             parameter.requires_grad_(False)
     if not any(policy.parameter_groups().values()):
         raise ConfigError("optimizer.frozen leaves nothing to train; remove an entry")
+
+
+def choose(policy: Policy, learner: Learner, optimizer: Optimizer) -> None:
+    """Adapters, if they are what is trained, and then what is frozen. ConfigError as for both."""
+    if learner.lora:
+        from common.lora import add_adapters
+
+        add_adapters(policy, learner.lora)
+    freeze(policy, optimizer.frozen)
 
 
 def groups(policy: Policy, optimizer: Optimizer) -> dict[str, list[tuple[str, nn.Parameter]]]:

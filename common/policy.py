@@ -170,13 +170,14 @@ class OpenPolicy(ABC):
 @dataclass(frozen=True)
 class Outline:
     """What is known of a policy before its tensors are read: chat, positions of its decoder, `grid` and `token_dim` as
-    above; skeleton: the policy without numbers (meta tensors), where that is to be had."""
+    above; skeleton: the policy without numbers (meta tensors); guided: whether its images can be guided."""
 
     chat: Chat
     positions: int
     grid: Callable[[int, int], tuple[int, int]]
     token_dim: int
-    skeleton: Callable[[], Policy] | None = None
+    skeleton: Callable[[], Policy]
+    guided: bool = True
 
 
 def directories(model: Model) -> list[Path]:

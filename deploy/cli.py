@@ -67,9 +67,6 @@ def _show_plan(config: TrainConfig, gpus: str | None) -> None:
     from deploy.devices import parse_gpus
     from deploy.plan import make_plan
 
-    if config.model.pipeline:
-        typer.echo("memory and time of a language model with a pipeline are not planned")
-        return
     made = make_plan(config, parse_gpus(gpus) if gpus else None)
     typer.echo(str(made))
     if made.faults:

@@ -9,7 +9,7 @@ from pathlib import Path
 from common.config import ConfigError, TrainConfig
 from common.runtime import thread_env
 from common.types import Group, Prompt, RolloutRequest, chain_seed
-from deploy.preflight import check_lengths, local_cpus
+from deploy.preflight import check_guidance, check_lengths, local_cpus
 
 
 def run_generate(config: TrainConfig, prompt: str, number: int, out: Path, seed: int) -> None:
@@ -24,6 +24,7 @@ def run_generate(config: TrainConfig, prompt: str, number: int, out: Path, seed:
     model = outline(config.model)
     model.grid(config.model.height, config.model.width)
     asked = Prompt("generate", prompt, {})
+    check_guidance(config, model)
     check_lengths(config, model, [asked])
     os.environ.update(thread_env(local_cpus()))
     from rollout.actor import RolloutReplica

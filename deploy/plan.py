@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from common.config import ConfigError, TrainConfig
-from common.sizes import ChainShape, Sizes, describing, is_here, sizes_of
+from common.sizes import ChainShape, Sizes, describing, elsewhere, sizes_of
 from deploy.devices import Device, Fleet
 from deploy.preflight import demands
 
@@ -61,23 +61,31 @@ def replica_memory(config: TrainConfig, sizes: Sizes, device: Device | None) -> 
     images = rollout.groups_per_call * config.data.group_size
     drawing: dict[str, float] = {
         "denoiser": sizes.denoiser * width,
-        "frozen parts": sizes.frozen * 4,
-        "drawing": images * sizes.drawing_bytes(chain.image, chain.text, width),
+        "frozen parts": sizes.frozen_bytes(width),
+        "drawing": max(
+            images * sizes.drawing_bytes(chain.image, chain.text, width),
+            sizes.decoding_bytes(images, chain.image, width),
+        ),
     }
+    aside = [f"in host memory: {sizes.host * width / GB:.3g} GB of the language model"] if sizes.host else []
     if not config.sampling.think:
-        return [ActorMemory("rollout", rollout.replicas, min(1.0, rollout.gpus), drawing)]
+        return [ActorMemory("rollout", rollout.replicas, min(1.0, rollout.gpus), drawing, tuple(aside))]
     engine, remarks, fault = _engine(config, sizes, device)
     twice = sizes.twice * width / GB
     where = "the replica" if rollout.reasoner_actor is None else "the two actors"
     if twice:
-        remarks.append(f"vLLM and the denoiser both hold the reasoning expert: {twice:.3g} of {where} are held twice")
+        remarks.append(
+            f"vLLM and the denoiser both hold the reasoning expert: {twice:.3g} GB of {where} are held twice"
+        )
     if rollout.reasoner_actor is None:
         return [
-            ActorMemory("rollout", rollout.replicas, min(1.0, rollout.gpus), drawing | engine, tuple(remarks), fault)
+            ActorMemory(
+                "rollout", rollout.replicas, min(1.0, rollout.gpus), drawing | engine, (*remarks, *aside), fault
+            )
         ]
     own = min(1.0, rollout.reasoner_actor.gpus)
     return [
-        ActorMemory("rollout", rollout.replicas, min(1.0, rollout.gpus), drawing),
+        ActorMemory("rollout", rollout.replicas, min(1.0, rollout.gpus), drawing, tuple(aside)),
         ActorMemory("reasoner", rollout.replicas, own, engine, tuple(remarks), fault),
     ]
 
@@ -104,29 +112,36 @@ def _engine(config: TrainConfig, sizes: Sizes, device: Device | None) -> tuple[d
 def learner_memory(config: TrainConfig, sizes: Sizes) -> ActorMemory:
     """One rank. ZeRO shards masters and moments over ranks, from stage 2 the gradients, from stage 3 the weights."""
     learner, width = config.learner, number_bytes(config.learner.dtype)
-    trained, ranks, stage = sum(sizes.trainable.values()), learner.ranks, learner.zero_stage
+    trained, ranks, stage = sum(sizes.counts.trainable.values()), learner.ranks, learner.zero_stage
+    on_host = uses_reference(config) and learner.reference_on_host and not learner.lora
     micro = min(learner.chains_per_micro_batch, -(-config.chains_per_step // ranks))
     activations = micro * sizes.training_bytes(chain_shape(config, sizes), width, learner.activation_checkpointing)
     # The step turns one role's gradients after the other into fp32; the activations are gone by then.
-    stepping = max(sizes.trainable.values()) * (width + 4) / ranks
+    stepping = max(sizes.counts.trainable.values()) * (width + 4) / ranks
     return ActorMemory(
         "learner",
         ranks,
         min(1.0, learner.gpus),
         {
-            "weights": sizes.policy * width / (ranks if stage == 3 else 1),
-            "reference": 0.0 if learner.reference_on_host else sizes.policy * width * uses_reference(config),
+            "weights": sizes.counts.held * width / (ranks if stage == 3 else 1),
+            "reference": sizes.counts.policy * width * holds_reference(config),
             "optimizer": trained * 12 / ranks,
             "gradients": trained * width / (ranks if stage >= 2 else 1),
             "activations": max(activations, stepping),
-            "frozen parts": sizes.frozen * 4,
+            "frozen parts": sizes.frozen_bytes(number_bytes(config.rollout.dtype)),
         },
+        (f"in host memory: {sizes.counts.policy * width / GB:.3g} GB of the reference",) if on_host else (),
     )
 
 
 def uses_reference(config: TrainConfig) -> bool:
-    """Whether the learner holds the starting policy, too."""
+    """Whether the update asks the starting policy, too."""
     return config.objective.regulariser != "none" or bool(config.objective.text_kl)
+
+
+def holds_reference(config: TrainConfig) -> bool:
+    """Whether a rank has a second policy on its device; adapters are switched off instead."""
+    return uses_reference(config) and not config.learner.reference_on_host and not config.learner.lora
 
 
 def actor_memory(config: TrainConfig, sizes: Sizes, device: Device | None = None) -> list[ActorMemory]:
@@ -155,7 +170,7 @@ def step_time(config: TrainConfig, sizes: Sizes, device: Device, tokens: int | N
     return StepTime(
         *_rollout_time(config, sizes, device, tokens),
         _update_time(config, sizes, device, tokens),
-        sum(sizes.trainable.values()) * number_bytes(config.rollout.dtype) / (device.link_gbs * GB * READ_EFFICIENCY),
+        sizes.counts.published * number_bytes(config.rollout.dtype) / (device.link_gbs * GB * READ_EFFICIENCY),
         config.max_staleness > 0,
     )
 
@@ -188,7 +203,8 @@ def _update_time(config: TrainConfig, sizes: Sizes, device: Device, tokens: int 
     learner, objective = config.learner, config.objective
     chain = chain_shape(config, sizes, tokens)
     forward = sizes.read_flops(chain.text, chain.scored) + chain.window * sizes.draw_flops(chain.image, chain.text)
-    passes = objective.epochs * (4 if learner.activation_checkpointing else 3)
+    # Forward, gradients of what a layer takes, those of its weights unless they are frozen, forward again.
+    passes = objective.epochs * (2 + (not learner.lora) + learner.activation_checkpointing)
     passes += (objective.epochs * objective.minibatches > 1) + uses_reference(config)
     return config.chains_per_step / learner.ranks * passes * forward / _rate(device)
 
@@ -228,10 +244,9 @@ class Plan:
             parts = ", ".join(f"{name} {size / GB:.3g}" for name, size in actor.parts.items() if size)
             lines += [f"  {actor.count} x {actor.kind}: {actor.total / GB:.3g} = {parts}"]
             lines += [f"    {remark}" for remark in actor.remarks]
-        if not is_here(self.config.model):
-            lines.append(
-                f"  {self.config.model.path} is not here; sizes are those of {describing(self.config.model.path)}"
-            )
+        lines += [
+            f"  {path} is not here; sizes are those of {describing(path)}" for path in elsewhere(self.config.model)
+        ]
         if self.fleet is None:
             return [*lines, "  --gpus COUNTxKIND, e.g. 8xH100-80GB, says whether it fits"]
         name = f"{self.fleet.count} x {self.fleet.kind}"
@@ -253,7 +268,7 @@ class Plan:
 
 def make_plan(config: TrainConfig, fleet: Fleet | None) -> Plan:
     """ConfigError or CheckpointError where the policy's configuration is missing or does not fit the recipe."""
-    sizes = sizes_of(config.model)
+    sizes = sizes_of(config)
     try:
         sizes.image_tokens(config.model.height, config.model.width)
     except ValueError as error:

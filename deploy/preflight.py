@@ -63,6 +63,7 @@ def check_inputs(config: TrainConfig, weights: bool = True) -> Inputs:
     model = outline(config.model) if weights or is_here(config.model) else None
     if model:
         check_image(config, model)
+        check_guidance(config, model)
     check(config.rewards)
     train = read_prompts(resolve_path(config.data.train))
     heldout = read_prompts(resolve_path(config.data.heldout))
@@ -85,18 +86,11 @@ def check_inputs(config: TrainConfig, weights: bool = True) -> Inputs:
 
 
 def check_parameters(config: TrainConfig, model: Outline) -> str:
-    """The table of parameter groups; empty where the policy has to be read for it. ConfigError for optimizer.frozen
-    and optimizer.groups, and for learner.lora."""
-    from common.parameters import freeze, table
+    """The table of parameter groups. ConfigError for optimizer.frozen and optimizer.groups, and for learner.lora."""
+    from common.parameters import choose, table
 
-    if model.skeleton is None:
-        return ""
     policy = model.skeleton()
-    if config.learner.lora:
-        from common.lora import add_adapters
-
-        add_adapters(policy, config.learner.lora)
-    freeze(policy, config.optimizer.frozen)
+    choose(policy, config.learner, config.optimizer)
     return table(policy, config.optimizer)
 
 
@@ -112,6 +106,16 @@ def check_image(config: TrainConfig, model: Outline) -> None:
         image_clip(config.objective.image_clip, rows * cols * model.token_dim)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def check_guidance(config: TrainConfig, model: Outline) -> None:
+    """ConfigError for guidance of a model that draws with one branch."""
+    for name, cfg in (("sampling", config.sampling.cfg), ("evaluation", config.evaluation.cfg)):
+        if cfg.enabled and not model.guided:
+            raise ConfigError(
+                f"{name}.cfg.text_scale is {cfg.text_scale:g} but {config.model.path} is drawn by a pipeline with one "
+                "branch; give 1"
+            )
 
 
 def check_lengths(config: TrainConfig, model: Outline, prompts: list[Prompt]) -> None:

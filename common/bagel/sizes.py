@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,45 +12,50 @@ import torch
 from common.bagel.config import BagelConfig
 from common.bagel.flops import draw_flops, read_flops
 from common.bagel.policy import BagelPolicy
-from common.bagel.vae import vae_shapes
-from common.sizes import ChainShape
+from common.bagel.vae import DECODED_PIXELS, vae_shapes
+from common.policy import Policy
+from common.sizes import ChainShape, Counts
 
 
 @dataclass(frozen=True)
 class BagelSizes:
     """See `common.sizes.Sizes`. Parameters are counted on the meta device, which allocates nothing.
 
-    Activations are counted from the decoder's operations: what autograd keeps of one token in one layer is
-    6 hidden + 7 query + 2 key/value + 4 intermediate numbers, and every image keeps its own copy of the context's keys
-    and values, repeated to the query heads.
+    Activations are counted from the decoder's operations, as if all weights were trained (adapters keep less): what
+    autograd keeps of one token in one layer is 6 hidden + 7 query + 2 key/value + 4 intermediate numbers, and every
+    image keeps its own copy of the context's keys and values, repeated to the query heads.
     """
 
     config: BagelConfig
-    trainable: dict[str, int]
-    policy: int
-    frozen: int
+    counts: Counts
+    reasoner: int
+    autoencoder: int
 
     @classmethod
-    def read(cls, directory: Path) -> BagelSizes:
-        """CheckpointError naming file and field where the configuration cannot be used."""
+    def read(cls, directory: Path, choose: Callable[[Policy], None] = lambda policy: None) -> BagelSizes:
+        """choose makes a policy's parameters trainable or not. CheckpointError naming file and field where the
+        configuration cannot be used."""
         config = BagelConfig.read(directory)
         with torch.device("meta"):
-            policy = BagelPolicy(config, (0, 0))
-        trainable = {role: sum(p.numel() for _, p in pairs) for role, pairs in policy.parameter_groups().items()}
+            plain, trained = BagelPolicy(config, (0, 0)), BagelPolicy(config, (0, 0))
+        choose(trained)
         return cls(
             config,
-            trainable,
-            sum(p.numel() for p in policy.parameters()),
+            Counts.of(plain, trained),
+            sum(tensor.numel() for _, tensor in plain.reasoning_weights()),
             sum(math.prod(shape) for shape in vae_shapes(config.vae_config).values()),
         )
 
-    @property
-    def reasoner(self) -> int:
-        return self.trainable["reasoning"]
+    def frozen_bytes(self, width: int) -> int:
+        return 4 * self.autoencoder  # always fp32
 
     @property
     def denoiser(self) -> int:
-        return self.policy
+        return self.counts.policy
+
+    @property
+    def host(self) -> int:
+        return 0
 
     @property
     def twice(self) -> int:
@@ -81,6 +87,15 @@ class BagelSizes:
         llm = self.config.llm_config
         layer = image * (3 * llm.hidden_size + 3 * llm.intermediate_size) + 4 * (context + image) * self._q
         return width * (context * self.kv_numbers + layer)
+
+    def decoding_bytes(self, images: int, image: int, width: int) -> int:
+        """Input, norm and activation, in fp32, of the residual block that holds most, beside the images themselves."""
+        vae = self.config.vae_config
+        pixels = image * self.config.pixels_per_token**2
+        entering = [vae.ch * multiple for multiple in (*vae.ch_mult[1:], vae.ch_mult[-1])]
+        widest = max(channels / 4**level for level, channels in enumerate(entering))
+        at_once = min(images, max(1, DECODED_PIXELS // pixels))
+        return 4 * pixels * (int(3 * widest * at_once) + images * vae.out_ch)
 
     def training_bytes(self, chain: ChainShape, width: int, recompute: bool) -> int:
         llm = self.config.llm_config

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from common.bagel.config import CheckpointError, read_json
 from common.bagel.tensors import opened
@@ -118,7 +118,44 @@ def check(source: Source) -> Outline:
     for directory in (source.reasoner, *(source.pipeline / name for name in parts)):
         if directory == source.reasoner or (directory / "config.json").is_file():
             _check_weights(directory)
-    return Outline(TemplateChat.read(source.reasoner, vocab), positions, family.grid, family.token_dim)
+    chat = TemplateChat.read(source.reasoner, vocab)
+    return Outline(chat, positions, family.grid, family.token_dim, lambda: skeleton(source), guided=False)
+
+
+def skeleton(source: Source) -> ComposedPolicy:
+    """The trained halves without their numbers: meta tensors, from the JSON files alone. CheckpointError."""
+    family, parts = read_index(source)
+    with torch.device("meta"):
+        try:
+            config = AutoConfig.from_pretrained(source.reasoner, local_files_only=True, trust_remote_code=False)
+            reasoner = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{source.reasoner} does not describe a causal language model ({error})") from error
+        transformer = _described(_class(parts["transformer"]), source.pipeline / "transformer")
+    return ComposedPolicy(reasoner, transformer, family).eval()
+
+
+def frozen_skeletons(source: Source) -> dict[str, nn.Module]:
+    """The pipeline's other models, text encoders and autoencoder, without their numbers."""
+    _, parts = read_index(source)
+    models = {name: _class(kind) for name, kind in parts.items() if name != "transformer"}
+    with torch.device("meta"):
+        return {
+            name: _described(kind, source.pipeline / name).eval()
+            for name, kind in models.items()
+            if issubclass(kind, nn.Module)
+        }
+
+
+def _described(kind: Any, directory: Path) -> Any:
+    """A model as its config.json describes it. CheckpointError."""
+    config = read_json(directory / "config.json")
+    try:
+        if kind.__module__.startswith("diffusers"):
+            return kind.from_config(config)
+        return kind(kind.config_class.from_dict(config))
+    except (TypeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{directory}/config.json does not describe a {kind.__name__} ({error})") from error
 
 
 def read_index(source: Source) -> tuple[Family, dict[str, tuple[str, str]]]:

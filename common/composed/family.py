@@ -59,6 +59,15 @@ class Family(ABC):
             )
         return height // side, width // side
 
+    @property
+    def grid_step(self) -> int:
+        """What rows and columns of a grid are multiples of."""
+        return 1
+
+    @abstractmethod
+    def blank(self, images: int, words: int) -> Conditioning:
+        """Conditioning without numbers (meta tensors), for images whose final prompt has so many tokens."""
+
     @abstractmethod
     def encode(self, pipeline: Any, prompts: list[str]) -> Conditioning:
         """The pipeline's own text encoders, without gradient."""

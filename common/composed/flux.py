@@ -9,9 +9,16 @@ from torch import Tensor, nn
 
 from common.composed.family import Conditioning, Family, unpack
 
+T5_TOKENS = 512
+
 
 class Flux(Family):
     """FluxPipeline."""
+
+    def blank(self, images: int, words: int) -> Conditioning:
+        """T5's window, which the pipeline fills up."""
+        embeds = torch.empty(images, T5_TOKENS, self.transformer["joint_attention_dim"], device="meta")
+        return Conditioning(embeds, torch.empty(images, self.transformer["pooled_projection_dim"], device="meta"))
 
     @torch.no_grad()
     def encode(self, pipeline: Any, prompts: list[str]) -> Conditioning:

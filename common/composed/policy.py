@@ -68,8 +68,7 @@ class ComposedPolicy(Policy):
         # Padding is on the right, so the causal mask alone hides it. No logits are made of what is never scored.
         first = int(column.min()) if len(column) else ids.shape[1] - 1
         logits = self.reasoner(input_ids=ids, use_cache=False, logits_to_keep=ids.shape[1] - first).logits
-        logp = F.log_softmax(logits[row, column - first].float() / temperature, -1)
-        return logp.gather(-1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+        return score_logits(logits[row, column - first], targets, temperature)
 
     def token_logprobs(self, texts: list[list[int]]) -> list[Tensor]:
         device = next(self.reasoner.parameters()).device
@@ -107,6 +106,12 @@ class ComposedPolicy(Policy):
     def reasoning_weights(self) -> Iterator[tuple[str, Tensor]]:
         # Parameters rather than the state, which names a tied head, too.
         yield from self.reasoner.named_parameters()
+
+
+def score_logits(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """logits [P, V] -> log p(target) [P] and entropy [P] of the tempered softmax, fp32."""
+    logp = F.log_softmax(logits.float() / temperature, -1)
+    return logp.gather(-1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
 
 def lay_out_texts(

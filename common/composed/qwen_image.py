@@ -17,6 +17,10 @@ class QwenImage(Family):
     def vae_scale(self) -> int:
         return int(2 ** len(self.vae["temperal_downsample"]))
 
+    def blank(self, images: int, words: int) -> Conditioning:
+        embeds = torch.empty(images, words, self.transformer["joint_attention_dim"], device="meta")
+        return Conditioning(embeds, mask=torch.empty(images, words, dtype=torch.bool, device="meta"))
+
     @torch.no_grad()
     def encode(self, pipeline: Any, prompts: list[str]) -> Conditioning:
         embeds, mask = pipeline.encode_prompt(prompts)

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from common.composed.family import Conditioning, Family
 
+CLIP_TOKENS, T5_TOKENS = 77, 256
+
 
 class SD3(Family):
     """StableDiffusion3Pipeline. A token is one latent pixel; the transformer cuts its own patches."""
@@ -24,6 +26,15 @@ class SD3(Family):
                 f"{cut * most * self.vae_scale} along a side"
             )
         return rows, columns
+
+    @property
+    def grid_step(self) -> int:
+        return int(self.transformer["patch_size"])
+
+    def blank(self, images: int, words: int) -> Conditioning:
+        """CLIP's window, and T5's, which the pipeline fills up."""
+        embeds = torch.empty(images, CLIP_TOKENS + T5_TOKENS, self.transformer["joint_attention_dim"], device="meta")
+        return Conditioning(embeds, torch.empty(images, self.transformer["pooled_projection_dim"], device="meta"))
 
     @torch.no_grad()
     def encode(self, pipeline: Any, prompts: list[str]) -> Conditioning:

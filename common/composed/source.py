@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,14 +22,15 @@ class Source:
     guidance: float
 
 
-def composed_source(model: Model) -> Source | None:
-    """The two directories that a recipe's `model` names, side by side or under one roof; None for BAGEL.
+def composed_source(model: Model, find: Callable[[str], Path] = resolve_path) -> Source | None:
+    """The two directories that a recipe's `model` names, side by side or under one roof; None for BAGEL. find: where
+    what is named lies.
 
     ConfigError if it names a second pipeline.
     """
-    path = resolve_path(model.path)
+    path = find(model.path)
     if (path / PIPELINE / INDEX).is_file():
         if model.pipeline:
             raise ConfigError(f"model.pipeline is {model.pipeline} but model.path {path} has its own; leave one out")
         return Source(path / REASONER, path / PIPELINE, model.guidance)
-    return Source(path, resolve_path(model.pipeline), model.guidance) if model.pipeline else None
+    return Source(path, find(model.pipeline), model.guidance) if model.pipeline else None

@@ -130,7 +130,7 @@ def plan_against_step(steps: int = 4) -> None:
     # Replicas, then ranks, share the CPUs that the rate was measured on.
     core = Device(rate / config.learner.ranks / 1e12, 0, copy / config.learner.ranks, copy)
     tokens = round(measured["rollout/tokens_per_s"] / measured["rollout/images_per_s"])
-    predicted = step_time(config, sizes_of(config.model), core, tokens)
+    predicted = step_time(config, sizes_of(config), core, tokens)
     pairs = {
         "rollout": (predicted.reasoning + predicted.drawing, measured["time/rollout_s"]),
         "update": (predicted.update, measured["time/update_s"]),

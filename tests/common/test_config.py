@@ -98,10 +98,6 @@ def test_unknown_keys_are_named_with_the_closest_known_one(data: dict[str, Any],
             ["sampling.noise_level is 1.5", "flow_cps knows levels from 0 to 1"],
         ),
         (
-            {"model": {"pipeline": "flux"}, "evaluation": {"cfg": {"text_scale": 4}}},
-            ["evaluation.cfg.text_scale is 4 but a model.pipeline is drawn with one branch", "give 1"],
-        ),
-        (
             {"sampling": {"cfg": {"text_scale": 4}}},
             ["sampling.cfg.text_scale is 4 but evaluation.cfg.text_scale is 1", "give evaluation.cfg the same scales"],
         ),

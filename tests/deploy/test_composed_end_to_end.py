@@ -12,7 +12,7 @@ import ray
 import torch
 from numpy.typing import NDArray
 
-from common.config import Model, TrainConfig, resolve_path
+from common.config import Cfg, ConfigError, Evaluation, Model, TrainConfig, resolve_path
 from common.policy import open_policy
 from common.prompts import PromptOrder, read_prompts
 from common.recipe import validate
@@ -86,7 +86,10 @@ def test_one_training_step(
     rollout: dict[str, object],
 ) -> None:
     config = config_of(tiny_models, family, reasoner, learner, rollout)
-    check_inputs(config)
+    assert "transformer." in check_inputs(config).parameters
+    guided = config.model_copy(update={"evaluation": Evaluation(cfg=Cfg(text_scale=4))})
+    with pytest.raises(ConfigError, match=r"evaluation\.cfg\.text_scale is 4 but .* one branch; give 1"):
+        check_inputs(guided)
     pool = RolloutPool(config)
     try:
         with learners(config) as group:
