@@ -1,5 +1,5 @@
-"""The command line: unigrpo train, plan, submit, sft, eval, generate, report, scale, reproduce, chaos, timeline,
-schema."""
+"""The command line: unigrpo train, plan, submit, sft, eval, generate, answer, export, report, scale, reproduce, chaos,
+timeline, schema."""
 
 from __future__ import annotations
 
@@ -164,11 +164,25 @@ def generate(
     out: Annotated[Path, typer.Option("-o", help="Directory for the PNGs and the reasoning.")] = Path("generated"),
     recipe: Annotated[str, typer.Option(help="Recipe whose sampling settings are used.")] = "shapes",
     seed: Annotated[int, typer.Option(help="Seed.")] = 0,
+    image: Annotated[Path | None, typer.Option(help="Change this image as the prompt says (BAGEL).")] = None,
 ) -> None:
     """Reason about a prompt and draw it."""
     from deploy.generate import run_generate
 
-    run_generate(load_config(recipe, _model(model)), prompt, number, out, seed)
+    run_generate(load_config(recipe, _model(model)), prompt, number, out, seed, image)
+
+
+@app.command()
+def answer(
+    model: Annotated[str, typer.Argument(help="Checkpoint directory in BAGEL's layout, with its vision tower.")],
+    question: Annotated[str, typer.Argument(help="What to ask.")],
+    image: Annotated[Path, typer.Argument(help="Image file.")],
+    recipe: Annotated[str, typer.Option(help="Recipe whose sampling.max_tokens and rollout.dtype hold.")] = "shapes",
+) -> None:
+    """Answer a question about an image."""
+    from deploy.generate import run_answer
+
+    typer.echo(run_answer(load_config(recipe, _model(model)), question, image))
 
 
 @app.command()

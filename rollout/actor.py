@@ -88,6 +88,11 @@ class RolloutReplica:
         """The actor's process."""
         return os.getpid()
 
+    def close(self) -> None:
+        """Stops vLLM where it runs in this process, which may then start another."""
+        if isinstance(self.reasoner, Reasoner):
+            self.reasoner.close()
+
     def checksum(self, manifest: WeightManifest) -> str:
         """The checksum of the weights that this replica holds, computed anew from its tensors."""
         return self._holding(manifest).checksum

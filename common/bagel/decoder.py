@@ -245,6 +245,20 @@ class Decoder(nn.Module):
         hidden = torch.cat([self.norm(streams[0]), self.norm_moe_gen(streams[1])])[flat]
         return hidden, Context(keys, values, packing.present, after)
 
+    def extend(self, ids: Tensor, context: Context) -> tuple[Tensor, Context]:
+        """One more text token ids [B] behind each context -> hidden [B, H] after the final norm, and the contexts with
+        it."""
+        x = self.embed_tokens(ids)[:, None]
+        rope = Rope.at(context.position[:, None], self.config, x.dtype)
+        present = torch.cat([context.present, context.present.new_ones(len(ids), 1)], 1)
+        keys, values = [], []
+        for layer, key, value in zip(cast(Iterable[Layer], self.layers), context.keys, context.values, strict=True):
+            q, k, v = layer.project(x, rope, UND)
+            keys.append(torch.cat([key, k], 1))
+            values.append(torch.cat([value, v], 1))
+            x = layer.finish(x, attend(q, keys[-1], values[-1], mask=present[:, None, None, :]), UND)
+        return self.norm(x)[:, 0], Context(keys, values, present, context.position + 1)
+
     def draw(
         self,
         latents: Tensor,

@@ -120,7 +120,13 @@ def patchify(pixels: Tensor, patch: int) -> tuple[Tensor, tuple[int, int]]:
 
 
 def fitted(image: NDArray[np.uint8], longest: int, shortest: int, stride: int) -> Tensor:
-    """uint8 [H, W, 3] -> pixels [3, h, w] in [-1, 1], resized with PIL's bicubic filter if it does not fit.
+    """uint8 [H, W, 3] -> pixels [3, h, w] in [-1, 1], resized."""
+    pixels = torch.from_numpy(resized(image, longest, shortest, stride))
+    return pixels.permute(2, 0, 1).float() / 255 * 2 - 1
+
+
+def resized(image: NDArray[np.uint8], longest: int, shortest: int, stride: int) -> NDArray[np.uint8]:
+    """uint8 [H, W, 3] -> uint8 [h, w, 3], with PIL's bicubic filter if it does not fit.
 
     Sides become multiples of stride, the long one at most `longest`, the short one at least `shortest` where that
     allows it. The release uses 980, 224, 14 before the tower and 1024, 512, 16 before the autoencoder.
@@ -132,8 +138,7 @@ def fitted(image: NDArray[np.uint8], longest: int, shortest: int, stride: int) -
         size = _scaled(*size, MAX_PIXELS / (size[0] * size[1]), stride)
     if max(size) > longest:
         size = _scaled(*size, longest / max(size), stride)
-    resized = Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).float() / 255 * 2 - 1
+    return np.array(Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC))
 
 
 def _scaled(height: int, width: int, scale: float, stride: int) -> tuple[int, int]:

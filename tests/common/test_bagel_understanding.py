@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from golden_numbers import CHECKPOINT, COMBINED, SQUARES, close, described, golden, settings, tensor
+from golden_numbers import ATOL, CHECKPOINT, COMBINED, GOLDEN, SQUARES, close, described, golden, settings, tensor
 
 from common.bagel import checkpoint as store
-from common.bagel import vae, vit
+from common.bagel import seeing, vae, vit
 from common.bagel.cfg import Branches, guided_velocity
 from common.bagel.checkpoint import Checkpoint
+from common.bagel.config import VAEConfig
 from common.bagel.decoder import Packing
 from common.bagel.interleaved import Latents, Layout, Part, Patches, lay_out, read
 from common.bagel.policy import places
@@ -20,6 +22,7 @@ from common.config import Cfg
 
 # token_type of the recording.
 TEXT, MARKER, LATENT, PATCH = range(4)
+TEXTS = json.loads((GOLDEN / "README.json").read_text())["texts"]
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +107,54 @@ def test_questions_about_an_image(checkpoint: Checkpoint) -> None:
     close(policy.language_model.lm_head(hidden[n + 2 :]), numbers["und_logits"])
 
 
+def test_images_are_resized_in_the_proportions_of_the_release(checkpoint: Checkpoint) -> None:
+    config = checkpoint.config
+    assert config.vit_config
+    released = config.model_copy(
+        update={
+            "max_latent_size": 64,
+            "latent_patch_size": 2,
+            "vae_config": VAEConfig(),
+            "vit_max_num_patch_per_side": 70,
+            "vit_config": config.vit_config.model_copy(update={"patch_size": 14}),
+        }
+    )
+    assert seeing.sides(released) == (seeing.Sides(1024, 512, 16), seeing.Sides(980, 224, 14))
+
+
+@torch.no_grad()
+def test_a_look_at_an_image(checkpoint: Checkpoint) -> None:
+    """Both halves' inputs; the image is on the autoencoder's stride, the recording resized for the tower alone."""
+    numbers, stride = golden("bagel/vit.npz"), checkpoint.config.pixels_per_token
+    height, width = numbers["image_uint8"].shape[:2]
+    sizes = (
+        seeing.Sides(max(height, width), min(height, width), stride),
+        seeing.Sides(*numbers["vit_transform"].tolist()),
+    )
+    latents, patches = seeing.look(checkpoint, numbers["image_uint8"], sizes)
+    close(
+        vae.unpack(latents.tokens[None], latents.grid, checkpoint.config.latent_patch_size),
+        numbers["edit_clean_latent"],
+    )
+    close(patches.pixels, numbers["packed_vit_tokens"])
+
+
+@torch.no_grad()
+def test_writing_takes_the_likeliest_tokens_or_draws_them(checkpoint: Checkpoint) -> None:
+    """As recorded after a text; after an image as one pass over all of it says."""
+    text, chat = golden("bagel/text.npz"), checkpoint.chat
+    wanted = text["greedy_generated"].tolist()[1:]
+    safe = int(np.append(text["greedy_margin"] > 10 * ATOL, False).argmin())
+    found = seeing.write(checkpoint, [text["greedy_context_ids"].tolist()], len(wanted))
+    assert safe > 3 and found[:safe] == wanted[:safe]
+    document: list[Part] = [seen_image(checkpoint), golden("bagel/vit.npz")["und_text_ids"].tolist()]
+    ids = seeing.write(checkpoint, document, 8)
+    hidden = read(checkpoint.policy, [[*document, [chat.start, *ids]]])[0][-len(ids) - 1 : -1]
+    assert checkpoint.policy.language_model.lm_head(hidden).argmax(-1).tolist() == ids
+    drawn = [seeing.write(checkpoint, document, 8, 1.0, seed) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
 def edit_context(checkpoint: Checkpoint) -> list[Part]:
     return [clean_image(checkpoint), seen_image(checkpoint), golden("bagel/vit.npz")["edit_text_ids"].tolist()]
 
@@ -138,8 +189,21 @@ def test_editing_velocity_with_and_without_guidance(checkpoint: Checkpoint) -> N
         renorm=recorded["cfg_renorm_type"],
         interval=(0.0, 1.0),
     )
-    found = guided_velocity(policy, x, t, Branches(full, text, image), grid, cfg)
-    close(found[0], numbers["edit_cfg_v"], atol=COMBINED)
+    instruction, seen = TEXTS["edit"], (clean_image(checkpoint), seen_image(checkpoint))
+    edited = seeing.editing_contexts(checkpoint, "", seen, instruction, [], cfg)
+    for branches in (Branches(full, text, image), edited):
+        found = guided_velocity(policy, x, t, branches, grid, cfg)
+        close(found[0], numbers["edit_cfg_v"], atol=COMBINED)
+
+
+@torch.no_grad()
+def test_an_edit_is_conditioned_on_its_reasoning_which_guidance_leaves_out(checkpoint: Checkpoint) -> None:
+    seen, chat = (clean_image(checkpoint), seen_image(checkpoint)), checkpoint.chat
+    system, asked = chat.wrap("Plan."), chat.wrap("Paint it.")
+    branches = seeing.editing_contexts(checkpoint, "Plan.", seen, "Paint it.", [65, 66], Cfg(text_scale=4))
+    assert branches.image is None and branches.text.position.item() == len(system) + 2
+    whole: list[Part] = [system, *seen, asked, [chat.start, 65, 66, chat.end]]
+    close(branches.full.keys[-1], read(checkpoint.policy, [whole])[1].keys[-1])
 
 
 def test_an_image_needs_the_tower(golden_checkpoint: Checkpoint, checkpoint: Checkpoint) -> None:
