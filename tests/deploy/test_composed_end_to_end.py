@@ -10,18 +10,27 @@ import numpy as np
 import pytest
 import ray
 import torch
+from diffusers import DiffusionPipeline
 from numpy.typing import NDArray
+from PIL import Image
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from common.config import Cfg, ConfigError, Evaluation, Model, TrainConfig, resolve_path
 from common.policy import open_policy
 from common.prompts import PromptOrder, read_prompts
-from common.recipe import validate
+from common.recipe import to_yaml, validate
+from common.rundir import RunDirectory
+from common.runtime import thread_env
 from common.types import Group
+from deploy.cli import app
+from deploy.export import export
 from deploy.preflight import check_inputs
 from deploy.requests import training_requests
 from learner import checkpoint as run_checkpoint
 from learner.group import LearnerGroup
 from rollout.pool import RolloutPool
+from rollout.reasoner import Reasoner
 
 PROMPTS, CHAINS = 2, 3
 
@@ -80,6 +89,7 @@ def test_one_training_step(
     local_ray: None,
     tiny_models: Path,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     family: str,
     reasoner: str,
     learner: dict[str, object],
@@ -90,6 +100,7 @@ def test_one_training_step(
     guided = config.model_copy(update={"evaluation": Evaluation(cfg=Cfg(text_scale=4))})
     with pytest.raises(ConfigError, match=r"evaluation\.cfg\.text_scale is 4 but .* one branch; give 1"):
         check_inputs(guided)
+    run = RunDirectory(tmp_path / "run").create(to_yaml(config))
     pool = RolloutPool(config)
     try:
         with learners(config) as group:
@@ -105,7 +116,7 @@ def test_one_training_step(
             publication = group.publish()
             assert publication.manifest.version == 1
             pool.sync(publication)
-            group.save(tmp_path / "step-000001", {"step": 1})
+            group.save(run.checkpoint(1), {"step": 1})
             group.saved()
         _, later = draw(pool, config, 0)
     finally:
@@ -115,11 +126,14 @@ def test_one_training_step(
         assert all(chain.text.version == chain.image.version == 1 for chain in after.chains)
         # The same noise under other weights.
         assert all((a.image.v_old != b.image.v_old).any() for a, b in zip(before.chains, after.chains, strict=True))
-    check_saved(config, tmp_path / "step-000001")
+    check_saved(config, run.checkpoint(1))
     if "lora" in learner:
-        with learners(config, tmp_path / "step-000001") as resumed:
+        with learners(config, run.checkpoint(1)) as resumed:
             assert resumed.wait_ready() == 1
             assert resumed.publish().manifest.checksum == publication.manifest.checksum
+        for name, value in thread_env(1).items():
+            monkeypatch.setenv(name, value)  # and put back afterwards
+        check_exported(config, export(run, tmp_path / "exported"), run.checkpoint(1) / "policy")
 
 
 def check_saved(config: TrainConfig, checkpoint: Path) -> None:
@@ -135,3 +149,28 @@ def check_saved(config: TrainConfig, checkpoint: Path) -> None:
         assert all(name.removesuffix(".weight").endswith(lora.target_modules) for name in changed)
         assert all((name.startswith("master.") and "lora_" in name) or not name.startswith("master.")
                    for name in run_checkpoint.read_optimizer(checkpoint))  # fmt: skip
+
+
+@torch.no_grad()
+def check_exported(config: TrainConfig, out: Path, trained: Path) -> None:
+    """A pipeline of diffusers, a language model of transformers and vLLM, adapters merged, and a policy to generate
+    with."""
+    opened = open_policy(Model(path=str(trained)))
+    policy, pipeline = opened.policy, DiffusionPipeline.from_pretrained(out / "pipeline")
+    reasoner = AutoModelForCausalLM.from_pretrained(out / "reasoner")
+    for found, wanted in ((pipeline.transformer, policy.transformer), (reasoner, policy.reasoner)):
+        weights = wanted.state_dict()
+        assert found.state_dict().keys() == weights.keys()
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in found.state_dict().items())
+    drawn = pipeline("a ring", height=64, width=64, num_inference_steps=2, output_type="np").images
+    assert drawn.shape == (1, 64, 64, 3) and np.isfinite(drawn).all()
+    ids = opened.chat.prompt_ids("a ring beside a cross")
+    engine = Reasoner(out / "reasoner", eos_token_id=opened.chat.end, max_model_len=len(ids) + 2, max_batch=2)
+    try:
+        assert torch.tensor(engine.probe(ids)).allclose(policy.token_logprobs([ids])[0], atol=1e-5)
+    finally:
+        engine.close()
+    (recipe := out.with_name("recipe.yaml")).write_text(to_yaml(config))
+    command = ["generate", str(out), "a ring", "-n", "1", "--recipe", str(recipe), "-o", str(out / "drawn")]
+    assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
+    assert Image.open(out / "drawn" / "image-0.png").size == (config.model.width, config.model.height)
