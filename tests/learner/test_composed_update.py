@@ -12,8 +12,10 @@ from chains import SHIFT, changed, make_engine, micro_batch, snapshot, train_con
 from common import lora
 from common.config import Lora, Model
 from common.policy import OpenPolicy, open_policy
-from common.types import Chain, TextSegment
-from learner.update import Updater
+from common.recipe import validate
+from common.types import Chain, Prompt, TextSegment
+from learner.refl import ReFLUpdater
+from learner.update import Updater, lay_out
 from rollout.denoiser import Denoiser
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -21,12 +23,15 @@ pytestmark = pytest.mark.usefixtures("one_rank")
 ADVANTAGES = [1.2, -0.7, 0.4]
 
 
-def make_chains(opened: OpenPolicy) -> list[Chain]:
+def make_chains(opened: OpenPolicy, think: bool = True) -> list[Chain]:
     """Chains whose answers and final prompts differ in length; on-policy."""
     rng, chat, denoiser = np.random.default_rng(0), opened.chat, Denoiser(opened, 32, 32, SHIFT, 0.7)
-    prompts = [chat.prompt_ids(text) for text in ("a ring", "two rings", "a ring beside a cross")]
-    answers = [[*rng.integers(0, 256, n).tolist(), 259, *rng.integers(64, 90, n).tolist()] for n in (3, 9, 5)]
-    images = denoiser.draw(answers, [0, 1, 2], [(i, 2) for i in range(3)], 6)
+    prompts = [chat.prompt_ids(text, think=think) for text in ("a ring", "two rings", "a ring beside a cross")]
+    answers = [
+        [*rng.integers(0, 256, n).tolist(), 259, *rng.integers(64, 90, n).tolist()] if think else [] for n in (3, 9, 5)
+    ]
+    contexts = [chat.context_ids(p, a) for p, a in zip(prompts, answers, strict=True)]
+    images = denoiser.draw(contexts, [0, 1, 2], [(i, 2) for i in range(3)], 6)
     with torch.no_grad():
         logprobs = opened.policy.token_logprobs([p + a for p, a in zip(prompts, answers, strict=True)])
     return [
@@ -76,6 +81,31 @@ def test_first_update_has_ratio_one_and_distance_zero_and_trains_what_it_should(
     assert all("lora_" in name for name in trained) == adapters
     # The last block's text stream of some transformers leads nowhere; all else moves.
     assert len(moved) > 0.85 * len(trained)
+
+
+@pytest.mark.parametrize("algorithm", ["unigrpo", "refl"])
+def test_where_nobody_reasons_or_the_text_is_left_alone_the_transformer_is_trained(
+    tiny_models: Path, algorithm: str
+) -> None:
+    refl = algorithm == "refl"
+    opened = open_policy(Model(path=str(tiny_models / "qwen2"), pipeline=str(tiny_models / "flux")))
+    chains, before = make_chains(opened, think=refl), snapshot(opened.policy)
+    asked = Prompt("p", "", {"tag": "counting", "include": [{"class": "ring", "count": 3}], "exclude": []})
+    micro = lay_out(chains, ADVANTAGES, [1.0] * 3, opened, 0, "cpu", [asked] * 3)
+    config = validate(
+        {
+            "algorithm": algorithm,
+            "sampling": {"think": refl},
+            "objective": {"text_weight": 0, "regulariser": "none"},
+            "rewards": [{"name": "shapes_learned"}],
+        }
+    )
+    parts = make_engine(opened.policy, lr=1e-3), None, config, 1.0, 1
+    sums = (ReFLUpdater(opened, *parts) if refl else Updater(*parts)).run([[micro]], [3])
+    assert sums["count/token"] == sum(len(chain.text.ids) for chain in chains) and (sums["count/token"] > 0) == refl
+    assert sums["sum/grad_norm/reasoning"] == 0 < sums["sum/grad_norm/denoising"]
+    moved = changed(opened.policy, before)
+    assert moved and {name.partition(".")[0] for name in moved} == {"transformer"}
 
 
 def test_recomputed_activations_give_the_same_gradients(tiny_models: Path) -> None:

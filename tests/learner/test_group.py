@@ -19,6 +19,7 @@ from golden_numbers import CHECKPOINT
 from safetensors.torch import load_file
 
 from common.bagel.checkpoint import Checkpoint
+from common.bagel.policy import BagelPolicy
 from common.config import ConfigError, TrainConfig
 from common.recipe import load_config
 from common.types import Group, Prompt
@@ -26,6 +27,7 @@ from learner import checkpoint as run_checkpoint
 from learner import engine
 from learner.actor import LearnerRank
 from learner.group import LearnerError, LearnerGroup, LostLearnerError
+from learner.reference import HostReference
 
 REWARDS = np.array([[0.0, 1.0], [0.5, 0.0]])
 
@@ -45,6 +47,9 @@ def config() -> TrainConfig:
         "objective.advantage_clip=0.4",
         # Groups of parameters of their own, one of which stays where it is.
         "optimizer.groups=[{name: still, pattern: '*embed_tok*', lr: 0}, {name: ends, pattern: '*llm2vae*', lr: 1e-3}]",
+        "learner.activation_checkpointing=true",
+        "learner.reference_on_host=true",
+        "objective.regulariser=velocity_mse",
     ]
     return load_config("shapes", overrides)
 
@@ -52,7 +57,7 @@ def config() -> TrainConfig:
 @pytest.fixture(scope="module")
 def group(local_ray: None, config: TrainConfig) -> Iterator[LearnerGroup]:
     class FillableRank(LearnerRank):
-        """A rank whose disk can be filled; and its process, to be killed."""
+        """A rank whose disk can be filled; its process, to be killed; and how it saves memory."""
 
         def __init__(self, *arguments: Any) -> None:
             engine.PERSISTENT = 0  # what is small is sharded too
@@ -66,6 +71,11 @@ def group(local_ray: None, config: TrainConfig) -> Iterator[LearnerGroup]:
 
         def pid(self) -> int:
             return os.getpid()
+
+        def savings(self) -> tuple[bool, bool]:
+            policy = self.checkpoint.policy
+            assert isinstance(policy, BagelPolicy)
+            return isinstance(self.reference, HostReference), policy.language_model.model.recompute
 
     patch = pytest.MonkeyPatch()
     patch.setattr("learner.group.LearnerRank", FillableRank)
@@ -85,8 +95,9 @@ def test_a_lost_rank_a_full_disk_and_another_number_of_ranks(
     chains = make_chains(golden_checkpoint, 4)
     refs = [ray.put(Group(Prompt(str(b), "p", {}), 0, tuple(chains[2 * b : 2 * b + 2]))) for b in range(2)]
     assert "  ends, learning rate 0.001: " in group.parameters()
+    assert ray.get([rank.savings.remote() for rank in group.ranks]) == [(True, True)] * 2
     metrics = group.update(0, refs, REWARDS)
-    assert metrics["weights/version"] == 1
+    assert metrics["weights/version"] == 1 and metrics["image/velocity_mse"] == 0
     assert metrics["advantage/abs_mean"] == pytest.approx((0.4 + 0.25) / 2), "one clipped, neither divided"
     assert all(metrics[f"grad_norm/{name}"] > 0 for name in ("reasoning", "denoising", "still", "ends"))
     first = tmp_path / "step-000001"
