@@ -121,6 +121,7 @@ def lay_out_texts(
     ids = torch.zeros(len(texts), max(len(text) for text in texts), dtype=torch.long)
     for b, text in enumerate(texts):
         ids[b, : len(text)] = torch.tensor(text)
-    place = torch.tensor([(b, k) for b, (first, end) in enumerate(scored) for k in range(first, end)])
+    scored_at = [(b, k) for b, (first, end) in enumerate(scored) for k in range(first, end)]
+    place = torch.tensor(scored_at, dtype=torch.long)  # no floats where nothing is scored
     row, column = place.view(-1, 2).unbind(1)
     return ids.to(device), row.to(device), (column - 1).to(device), ids[row, column].to(device)
