@@ -89,6 +89,11 @@ def _learner(config: TrainConfig) -> Iterator[str]:
             "learner.zero_stage is 3 but learner.reference_on_host exchanges whole weights; take stage 2, or "
             "objective.regulariser=none with objective.text_kl=0, which needs no reference"
         )
+    if config.learner.zero_stage == 3 and config.learner.activation_checkpointing:
+        yield (
+            "learner.zero_stage is 3 but learner.activation_checkpointing holds on to weights that stage 3 lets go of "
+            "after each layer; take stage 2, or more ranks without recomputation"
+        )
 
 
 def _reasoner(config: TrainConfig) -> Iterator[str]:

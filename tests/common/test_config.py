@@ -82,6 +82,10 @@ def test_unknown_keys_are_named_with_the_closest_known_one(data: dict[str, Any],
             ["rollout.replicas is 2, outside min_replicas 2 and max_replicas 1"],
         ),
         (
+            {"learner": {"zero_stage": 3, "activation_checkpointing": True}},
+            ["learner.zero_stage is 3 but learner.activation_checkpointing", "take stage 2"],
+        ),
+        (
             {"learner": {"zero_stage": 3, "reference_on_host": True}},
             ["learner.zero_stage is 3 but learner.reference_on_host", "take stage 2"],
         ),

@@ -243,9 +243,7 @@ def test_composed_activations_are_within_a_seventh_of_what_autograd_keeps(
     words = torch.randint(33, 90, (chain.text,)).tolist()
     batch = opened.pack([(words[:20], words[20:])], x_t, torch.rand(chain.window), owner, grid)
     given = batch.conditioning
-    if (
-        given.mask is not None
-    ):  # as many tokens as were sampled; the tiny tokenizer makes more
+    if given.mask is not None:  # as many tokens as were sampled; the tiny tokenizer makes more
         cut = Conditioning(given.embeds[:, : chain.scored], given.pooled, given.mask[:, : chain.scored])
         batch = replace(batch, conditioning=cut)
     measured = kept_bytes(opened.policy, batch)

@@ -47,7 +47,6 @@ def config() -> TrainConfig:
         "objective.advantage_clip=0.4",
         # Groups of parameters of their own, one of which stays where it is.
         "optimizer.groups=[{name: still, pattern: '*embed_tok*', lr: 0}, {name: ends, pattern: '*llm2vae*', lr: 1e-3}]",
-        "learner.activation_checkpointing=true",
         "objective.regulariser=velocity_mse",
     ]
     return load_config("shapes", overrides)
@@ -94,7 +93,7 @@ def test_a_lost_rank_a_full_disk_and_another_number_of_ranks(
     chains = make_chains(golden_checkpoint, 4)
     refs = [ray.put(Group(Prompt(str(b), "p", {}), 0, tuple(chains[2 * b : 2 * b + 2]))) for b in range(2)]
     assert "  ends, learning rate 0.001: " in group.parameters()
-    assert ray.get([rank.savings.remote() for rank in group.ranks]) == [(False, True)] * 2
+    assert ray.get([rank.savings.remote() for rank in group.ranks]) == [(False, False)] * 2
     metrics = group.update(0, refs, REWARDS)
     assert metrics["weights/version"] == 1 and metrics["image/velocity_mse"] == 0
     assert metrics["advantage/abs_mean"] == pytest.approx((0.4 + 0.25) / 2), "one clipped, neither divided"
@@ -130,7 +129,8 @@ def test_a_lost_rank_a_full_disk_and_another_number_of_ranks(
     assert time.monotonic() - began < config.learner.deadline_s / 2
 
     # The learner goes on from the checkpoint: here with one rank and another ZeRO stage, bit for bit.
-    alone = config.learner.model_copy(update={"ranks": 1, "zero_stage": 1, "reference_on_host": True})
+    saving = {"reference_on_host": True, "activation_checkpointing": True}
+    alone = config.learner.model_copy(update={"ranks": 1, "zero_stage": 1, **saving})
     group.config = config.model_copy(update={"learner": alone})
     group.rebuild(first)
     assert group.wait_ready() == 1
