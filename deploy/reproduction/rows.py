@@ -119,7 +119,8 @@ def stages(plan: Plan, row: str, seed: int) -> list[TrainConfig]:
     A run is named after what it is made of: what was begun of another origin is never continued, and rows that begin
     with the same stage share its run.
     """
-    asked, configs = settings(plan, row), list[TrainConfig]()
+    asked = settings(plan, row)
+    configs: list[TrainConfig] = []
     for number, config in enumerate(asked, start=1):
         recipes = ROWS[row].recipes[:number]
         key = _hash(json.dumps(_origin(asked[:number]), sort_keys=True))[:8]
