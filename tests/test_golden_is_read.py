@@ -1,4 +1,4 @@
-"""No recorded array lies there unread. Runs last (tests/conftest.py), and only where all who read them ran."""
+"""No recorded array lies there unread. Runs last (suite_order.py), and only where all who read them ran."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from golden_numbers import GOLDEN, READ
+from suite_order import reads_golden
 
 
 def test_every_recorded_array_is_read_by_a_test(request: pytest.FixtureRequest) -> None:
-    readers = {path for path in Path(__file__).parent.rglob("test_*.py") if "golden_numbers import" in path.read_text()}
+    readers = {path for path in Path(__file__).parent.rglob("test_*.py") if reads_golden(path)}
     session, chosen = request.session, request.config.option
     ran = {item.path for item in session.items}
     if readers - ran or chosen.keyword or chosen.markexpr or any("::" in argument for argument in request.config.args):
