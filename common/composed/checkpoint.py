@@ -117,7 +117,7 @@ def check(source: Source) -> Outline:
     family, parts = read_index(source)
     for directory in (source.reasoner, *(source.pipeline / name for name in parts)):
         if directory == source.reasoner or (directory / "config.json").is_file():
-            _check_weights(directory)
+            _held_tensors(directory)
     chat = TemplateChat.read(source.reasoner, vocab)
     return Outline(chat, positions, family.grid, family.token_dim, lambda: skeleton(source), guided=False)
 
@@ -229,7 +229,7 @@ def _load_module(kind: Any, directory: Path, dtype: torch.dtype) -> Any:
     of_transformers = kind.__module__.startswith("transformers")
     # With mismatches ignored, transformers names them; diffusers names them in its error.
     options = {"dtype": dtype, "ignore_mismatched_sizes": True} if of_transformers else {"torch_dtype": dtype}
-    _check_weights(directory)
+    held = _held_tensors(directory)
     try:
         model, info = kind.from_pretrained(
             directory, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
@@ -238,22 +238,32 @@ def _load_module(kind: Any, directory: Path, dtype: torch.dtype) -> Any:
         raise CheckpointError(f"{directory} cannot be loaded as {kind.__name__} ({error})") from error
     for what, key in (("is missing", "missing_keys"), ("is not part of the configured model", "unexpected_keys")):
         if info[key]:
-            raise CheckpointError(f"{directory}: tensor {min(info[key])} {what} ({len(info[key])} such)")
+            file = held.get(min(info[key]), _table_of_contents(directory))
+            raise CheckpointError(f"{file}: tensor {min(info[key])} {what} ({len(info[key])} such)")
     for name, found, wanted in sorted(info["mismatched_keys"]):
-        raise CheckpointError(f"{directory}: tensor {name} has shape {tuple(found)}, config.json says {tuple(wanted)}")
+        file = held.get(name, _table_of_contents(directory))
+        raise CheckpointError(f"{file}: tensor {name} has shape {tuple(found)}, config.json says {tuple(wanted)}")
     return model
 
 
-def _check_weights(directory: Path) -> None:
-    """CheckpointError if a directory has no safetensors, or one of them has no sound header."""
+def _table_of_contents(directory: Path) -> Path:
+    """Where to look for a tensor that no file holds under its own name: the index of several files, or the only one."""
+    files = sorted(directory.glob("*.safetensors.index.json")) or sorted(directory.glob("*.safetensors"))
+    return files[0] if len(files) == 1 else directory
+
+
+def _held_tensors(directory: Path) -> dict[str, Path]:
+    """The file of every tensor. CheckpointError if a directory has no safetensors, or one has no sound header."""
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         pickles = sorted(p.name for p in directory.glob("*") if p.suffix in PICKLES)
         held = f"only {pickles[0]}, a pickle, which is never opened" if pickles else "no weights"
         raise CheckpointError(f"{directory} holds {held}; give a checkpoint saved as safetensors")
-    for file in files:
-        with opened(file):
-            pass  # opening reads the header
+    tensors: dict[str, Path] = {}
+    for path in files:
+        with opened(path) as file:
+            tensors |= dict.fromkeys(file.keys(), path)
+    return tensors
 
 
 def _write_half(

@@ -280,17 +280,17 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated": (lambda root: truncate(root / DIT), r"diffusion_pytorch_model\.safetensors is truncated"),
     "missing": (
         lambda root: edit_weights(root / DIT, lambda tensors: tensors.pop("x_embedder.bias")),
-        r"transformer: tensor x_embedder\.bias is missing",
+        r"/diffusion_pytorch_model\.safetensors: tensor x_embedder\.bias is missing",
     ),
     "extra": (
         lambda root: edit_weights(root / LLM, lambda tensors: tensors.update(more=torch.ones(2))),
-        r"llama: tensor more is not part of the configured model",
+        r"llama/model\.safetensors: tensor more is not part of the configured model",
     ),
     "misshapen": (
         lambda root: edit_weights(
             root / "llama/model.safetensors", lambda t: t.update({"lm_head.weight": torch.ones(2)})
         ),
-        r"llama: tensor lm_head\.weight has shape \(2,\), config\.json says \(272, 64\)",
+        r"llama/model\.safetensors: tensor lm_head\.weight has shape \(2,\), config\.json says \(272, 64\)",
     ),
     "vocabulary": (
         lambda root: edit_json(root / "llama/config.json", vocab_size=200),
