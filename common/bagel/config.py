@@ -129,6 +129,17 @@ class BagelConfig(_Sizes):
     max_latent_size: int = 64
     timestep_shift: float = 1.0
 
+    @model_validator(mode="after")
+    def _check(self) -> BagelConfig:
+        if self.visual_und and self.vit_config is not None:
+            side = self.vit_config.image_size // self.vit_config.patch_size
+            if self.vit_max_num_patch_per_side > side:
+                raise ValueError(
+                    f"vit_max_num_patch_per_side={self.vit_max_num_patch_per_side} is more than the {side} patches "
+                    f"a side that vit_config's image_size={self.vit_config.image_size} has positions for"
+                )
+        return self
+
     @property
     def understands_images(self) -> bool:
         """Whether the checkpoint has the understanding tower."""

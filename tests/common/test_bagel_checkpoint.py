@@ -232,6 +232,13 @@ def test_a_stated_factor_that_the_levels_do_not_give(copy: Path) -> None:
         store.check(copy)
 
 
+def test_more_patches_than_positions(copy: Path) -> None:
+    side = json.loads((copy / "config.json").read_text())["vit_max_num_patch_per_side"]
+    edit(copy / "vit_config.json", lambda data: data.update(image_size=(side - 1) * data["patch_size"]))
+    with pytest.raises(CheckpointError, match=rf"config\.json: .*vit_max_num_patch_per_side={side} is more than the"):
+        store.check(copy)
+
+
 def test_a_config_that_holds_a_list(copy: Path) -> None:
     (copy / "llm_config.json").write_text("[]")
     with pytest.raises(CheckpointError, match=r"llm_config\.json holds a list, not an object"):

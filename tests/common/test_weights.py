@@ -107,7 +107,7 @@ def test_a_manifest_says_what_changed() -> None:
 def test_a_policy_goes_from_learner_to_replica(golden_checkpoint: Checkpoint, dtype: torch.dtype) -> None:
     """The replica holds the compute type; what it then has must be what was published, frozen tensors included."""
     named = [(name, p + 1e-3) for name, p in golden_checkpoint.policy.named_parameters()]
-    bucket, flat = pack(named, dtype, scratch(1 << 24))
+    bucket, flat = pack(named, dtype, scratch(8 * sum(p.numel() for _, p in named)))
     replica = store.load(CHECKPOINT, dtype).policy.state_dict()
     assert held_bucket(bucket, replica) != bucket
     for name, tensor in unpack(bucket, flat, dtype):

@@ -199,7 +199,7 @@ def test_every_weight_is_replaced(reasoner: Reasoner, weights: Weights) -> None:
         noise = torch.randn(weights[name].shape, generator=torch.Generator().manual_seed(0))
         changed = weights[name] + 0.3 * (weights[name].std() + 0.1) * noise
         reasoner.load_weights((weights | {name: changed}).items())
-        assert np.abs(np.array(reasoner.probe(ids)) - before).max() > 1e-4, name
+        assert reasoner.probe(ids) != before, name
 
 
 def test_no_keys_and_values_survive_a_load(reasoner: Reasoner, weights: Weights) -> None:
