@@ -57,7 +57,7 @@ def command(runs: Path, name: str, *extra: str) -> list[str]:
 
 
 def run(arguments: list[str]) -> str:
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
@@ -81,7 +81,7 @@ def whole(plan: Plan) -> Iterator[RunDirectory]:
             assert process.poll() is None, process.communicate()[0]
             time.sleep(0.05)
         assert sorted(scale(whole.path, 1)) == ["rollout-0", "rollout-1"]
-        output = process.communicate(timeout=280)[0]
+        output = process.communicate(timeout=580)[0]
         assert process.returncode == 0, output[-6000:]
         table = whole.parameters.read_text()
         assert "  reasoning, learning rate 0.0001: " in table and table in output

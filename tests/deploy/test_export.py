@@ -102,7 +102,7 @@ def test_generate_draws_from_an_export(exported: Path, tmp_path: Path) -> None:
     command = [str(Path(sys.executable).with_name("unigrpo")), "generate", str(exported), "a red circle", "-n", "2"]
     out = tmp_path / "images"
     done = subprocess.run(
-        [*command, "-o", str(out), "--recipe", str(recipe)], capture_output=True, text=True, timeout=280
+        [*command, "-o", str(out), "--recipe", str(recipe)], capture_output=True, text=True, timeout=580
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert np.array(Image.open(out / "image-1.png")).shape == (side, side, 3)
