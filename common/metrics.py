@@ -50,6 +50,7 @@ METRICS: dict[str, str] = {
     "rollout/replicas_wanted": "Rollout replicas that serve or are being started.",
     "rollout/restarts": "Rollout replicas lost, hung or wrong, and restarted, since the driver started.",
     "rollout/rerun_groups": "Groups generated again after a fault, since the driver started.",
+    "rollout/continued_groups": "Groups that went on after an update amid their reasoning, since the driver started.",
     "rollout/queued_groups": "Groups that wait for a rollout replica.",
     "rollout/tokens_per_s": "Reasoning tokens generated per second of rollout.",
     "time/rollout_s": "Seconds the step waited for rollouts.",

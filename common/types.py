@@ -39,7 +39,7 @@ class Prompt:
 class TextSegment:
     """Sampled reasoning; none (K = 0) where the policy draws at once. ids [K] int64 with EOS; logprobs [K] fp32 under
     the distribution sampled from; prompt_ids [P] int64 what came before; finished: stopped at EOS rather than at the
-    token limit; text: decoded, for people."""
+    token limit; text: decoded, for people; version: the oldest weights that sampled any of them."""
 
     prompt_ids: NDArray[np.int64]
     ids: NDArray[np.int64]

@@ -35,7 +35,7 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         ("Groups that wait", "none", ("rollout/queued_groups", "reward/queued_groups")),
         ("Reward actors", "none", ("reward/actors",)),
         ("Restarts", "none", ("rollout/restarts", "reward/restarts", "learner/rebuilds")),
-        ("Staleness", "none", ("rollout/staleness", "rollout/stale_groups")),
+        ("Staleness", "none", ("rollout/staleness", "rollout/stale_groups", "rollout/continued_groups")),
     ),
     "Learning": (
         ("Ratios", "none", ("text/ratio_mean", "image/ratio_mean")),

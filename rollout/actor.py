@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,17 @@ from rollout.reasoner_actor import RemoteReasoner
 PROBE_LENGTH = 16
 # fp32 kernels of two engines differ in the last bits; a weight that is not the published one differs far more.
 PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.3}
+
+
+@dataclass(frozen=True)
+class Begun:
+    """Reasoning that was paused for new weights: of each chain what there is and the oldest weights that made it; the
+    seconds it took, and when it began."""
+
+    completions: list[Completion]
+    versions: list[int]
+    seconds: float
+    started: float
 
 
 class RolloutReplica:
@@ -59,6 +70,7 @@ class RolloutReplica:
         self.version = -1  # before the first load
         self.held: WeightManifest | None = None
         self.mixed = False
+        self.waiting: int | None = None  # the version that reasoning is to pause for
         self.receiver = receiver(config, torch.device(device))
 
     def _start_reasoner(self) -> Reasoner | RemoteReasoner:
@@ -93,6 +105,10 @@ class RolloutReplica:
         if isinstance(self.reasoner, Reasoner):
             self.reasoner.close()
 
+    def pause(self, version: int) -> None:
+        """A version waits to be loaded: the reasoning of the call under way stops where it is. Called beside it."""
+        self.waiting = version
+
     def checksum(self, manifest: WeightManifest) -> str:
         """The checksum of the weights that this replica holds, computed anew from its tensors."""
         return self._holding(manifest).checksum
@@ -124,7 +140,7 @@ class RolloutReplica:
             )
         if self.reasoner is not None:
             self._probe(self.reasoner, manifest.version)
-        self.held, self.version, self.mixed = held, manifest.version, False
+        self.held, self.version, self.mixed, self.waiting = held, manifest.version, False, None
         return held.checksum
 
     @torch.no_grad()
@@ -138,16 +154,24 @@ class RolloutReplica:
                 "the load did not take effect"
             )
 
-    def generate(self, requests: list[RolloutRequest]) -> tuple[RolloutStats | Group, ...]:
-        """Statistics, then one Group per request, in order."""
+    def generate(
+        self, requests: list[RolloutRequest], begun: Begun | None = None
+    ) -> tuple[RolloutStats | Group | Begun | None, ...]:
+        """Statistics, then one Group per request, in order. If the reasoning was paused, None, what is begun, and None
+        for every further request: a call that is given it, of this replica or another, goes on from there."""
         if self.mixed:
             raise RuntimeError("the last load of weights failed, so this replica may hold a mixture")
         chat, version = self.checkpoint.chat, self.version
         think = self.config.sampling.think
         prompts = [chat.prompt_ids(request.prompt.text, self.system, think) for request in requests]
         flat = [(prompts[i], seed, request) for i, request in enumerate(requests) for seed in request.seeds]
-        began, started = time.time(), time.monotonic()
-        completions = self._reason([ids for ids, _, _ in flat], [seed for _, seed, _ in flat])
+        begun = begun or Begun([Completion([], [], False) for _ in flat], [version] * len(flat), 0.0, time.time())
+        started = time.monotonic() - begun.seconds
+        completions = self._reason([ids for ids, _, _ in flat], [seed for _, seed, _ in flat], begun.completions)
+        versions = [v if c.ids else version for v, c in zip(begun.versions, begun.completions, strict=True)]
+        if not all(map(self._ended, completions)):
+            paused = Begun(completions, versions, time.monotonic() - started, begun.started)
+            return None, paused, *[None] * (len(requests) - 1)
         reasoned = time.monotonic()
         images = self.denoiser.draw(
             [chat.context_ids(ids, c.ids) for (ids, _, _), c in zip(flat, completions, strict=True)],
@@ -159,8 +183,8 @@ class RolloutReplica:
             version,
         )
         chains = [
-            self._chain(ids, completion, image, seed)
-            for (ids, seed, _), completion, image in zip(flat, completions, images, strict=True)
+            self._chain(ids, completion, image, seed, oldest)
+            for (ids, seed, _), completion, image, oldest in zip(flat, completions, images, versions, strict=True)
         ]
         groups, start = [], 0
         for request in requests:
@@ -169,7 +193,7 @@ class RolloutReplica:
             start = end
         tokens = sum(len(completion.ids) for completion in completions)
         seconds = reasoned - started, time.monotonic() - reasoned
-        return RolloutStats(version, len(chains), tokens, *seconds, began), *groups
+        return RolloutStats(min(versions), len(chains), tokens, *seconds, begun.started), *groups
 
     def _guidance(self, requests: list[RolloutRequest]) -> Guidance | None:
         cfg = requests[0].cfg
@@ -177,19 +201,32 @@ class RolloutReplica:
             return None
         return self.checkpoint.guidance([request.prompt.text for request in requests], self.system, cfg)
 
-    def _reason(self, prompts: list[list[int]], seeds: list[int]) -> list[Completion]:
+    def _reason(self, prompts: list[list[int]], seeds: list[int], begun: list[Completion]) -> list[Completion]:
         if self.reasoner is None:
             return [Completion([], [], True) for _ in prompts]
         sampling = self.config.sampling
-        return self.reasoner.generate(prompts, seeds, max_tokens=sampling.max_tokens, temperature=sampling.temperature)
+        return self.reasoner.generate(
+            prompts,
+            seeds,
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            begun=begun,
+            paused=self._paused if self.config.max_staleness else None,
+        )
 
-    def _chain(self, prompt: list[int], completion: Completion, image: ImageSegment, seed: int) -> Chain:
+    def _paused(self) -> bool:
+        return self.waiting not in (None, self.version)
+
+    def _ended(self, completion: Completion) -> bool:
+        return completion.finished or len(completion.ids) >= self.config.sampling.max_tokens
+
+    def _chain(self, prompt: list[int], completion: Completion, image: ImageSegment, seed: int, version: int) -> Chain:
         text = TextSegment(
             np.array(prompt, np.int64),
             np.array(completion.ids, np.int64),
             np.array(completion.logprobs, np.float32),
             completion.finished,
             self.checkpoint.chat.decode(completion.ids),
-            image.version,
+            version,
         )
         return Chain((text, image), seed)

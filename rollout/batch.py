@@ -24,13 +24,15 @@ class RolloutError(RuntimeError):
 
 @dataclass(eq=False)
 class Work:
-    """Requests that one replica generates together. errors: tries that raised; deaths: replicas lost over it."""
+    """Requests that one replica generates together. errors: tries that raised; deaths: replicas lost over it; begun:
+    what there is of it, since it was paused for new weights."""
 
     requests: list[RolloutRequest]
     batch: Batch
     places: list[int]
     errors: int = 0
     deaths: int = 0
+    begun: ray.ObjectRef | None = None
 
 
 @dataclass(eq=False)

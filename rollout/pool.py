@@ -43,7 +43,7 @@ class RolloutPool:
         self.replicas: list[Replica] = []
         self.weights: Publication | None = None
         self._manifest: ray.ObjectRef | None = None
-        self.restarts = self.rerun_groups = 0
+        self.restarts = self.rerun_groups = self.continued_groups = 0
         self._faults = 0
         self._started = 0
         self._queue: deque[Work] = deque()
@@ -90,14 +90,15 @@ class RolloutPool:
         return sum(replica.serving and not replica.leaving for replica in self.replicas)
 
     def metrics(self) -> dict[str, float]:
-        """How many replicas serve and are wanted; restarts and groups that were generated again, since the start;
-        groups that wait for a replica."""
+        """How many replicas serve and are wanted; restarts, and groups that were generated again or went on after a
+        pause, since the start; groups that wait for a replica."""
         with self._changed:
             return {
                 "rollout/replicas": float(self.serving),
                 "rollout/replicas_wanted": float(sum(not replica.leaving for replica in self.replicas)),
                 "rollout/restarts": float(self.restarts),
                 "rollout/rerun_groups": float(self.rerun_groups),
+                "rollout/continued_groups": float(self.continued_groups),
                 "rollout/queued_groups": float(sum(len(work.requests) for work in self._queue)),
             }
 
@@ -115,8 +116,8 @@ class RolloutPool:
     def sync(self, weights: Publication) -> float:
         """Publishes a version to every replica and waits until all that serve have acknowledged its checksum; seconds.
 
-        A replica that is generating loads the version after the call it is in; one that is lost meanwhile, before it
-        works again.
+        A replica that is generating loads the version after the call it is in, which `max_staleness` has pause between
+        two tokens; one that is lost meanwhile, before it works again.
         """
         started = time.monotonic()
         with self._changed:
@@ -238,6 +239,8 @@ class RolloutPool:
                 self._next(replica)
             elif now > replica.call.deadline:
                 self._overdue(replica, replica.call)
+            elif replica.call.work and self.weights not in (None, replica.holds, replica.call.pausing):
+                replica.pause(replica.call, self.weights)
         self._resize()
 
     def _next(self, replica: Replica) -> None:
@@ -304,6 +307,9 @@ class RolloutPool:
         if error is None:
             self._faults = 0
             stats = call.future.result()
+            if stats is None:
+                self._paused(work, call.refs[0])
+                return
             span(replica.name, "reasoning", stats.started, stats.reasoning_s)
             span(replica.name, "drawing", stats.started + stats.reasoning_s, stats.drawing_s)
             work.batch.finish(work.places, call.refs, stats)
@@ -315,6 +321,13 @@ class RolloutPool:
             self._lost(replica, error)
         self._retry(work, f"{replica.name}: {getattr(error, 'cause', None) or type(error).__name__}")
 
+    def _paused(self, work: Work, begun: ray.ObjectRef) -> None:
+        """Its replica loads the new weights; then it, or another, goes on with the chains as they are."""
+        if not work.batch.cancelled:
+            work.begun = begun
+            self.continued_groups += len(work.requests)
+            self._queue.appendleft(work)
+
     def _retry(self, work: Work, reason: str) -> None:
         if work.batch.cancelled:
             return
@@ -323,6 +336,7 @@ class RolloutPool:
             return
         log.warning("rollout work goes to another replica: %s", reason)
         self.rerun_groups += len(work.requests)
+        work.begun = None  # it may be what was lost
         self._queue.appendleft(work)
 
     def _lost(self, replica: Replica, error: BaseException) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 from common.scratch import scratch
@@ -36,7 +37,7 @@ class Completion:
     Attributes:
         ids: sampled token ids, the EOS token included if it was drawn.
         logprobs: for each id, its natural log-probability under the distribution it was drawn from.
-        finished: True if generation ended with EOS, False if it was cut at ``max_tokens``.
+        finished: True if generation ended with EOS, False if it was cut at ``max_tokens`` or paused before.
     """
 
     ids: list[int]
@@ -145,20 +146,30 @@ class Reasoner:
             Reasoner._open_here = None
 
     def generate(
-        self, prompts: list[list[int]], seeds: list[int], *, max_tokens: int, temperature: float = 1.0
+        self,
+        prompts: list[list[int]],
+        seeds: list[int],
+        *,
+        max_tokens: int,
+        temperature: float = 1.0,
+        begun: list[Completion] | None = None,
+        paused: Callable[[], bool] | None = None,
     ) -> list[Completion]:
         """Samples one completion for each prompt from the full softmax.
 
-        The same weights, arguments and batch limit give the same completions.
+        The same weights, arguments and batch limit give the same completions, unless they are paused.
 
         Args:
             prompts: token ids of each prompt.
             seeds: the seed of each prompt's own random stream, at least 0.
             max_tokens: most tokens of a completion, EOS included.
             temperature: divides the logits. 0 takes the most likely token and records its log-probability at 1.
+            begun: what an earlier call made of each prompt before it was paused; those not ended go on from there, with
+                the weights that are held now.
+            paused: asked after every token; once it says so, what has not ended is returned as far as it is.
 
         Returns:
-            Completions in the order of the prompts.
+            Completions in the order of the prompts, what was begun included.
 
         Raises:
             ValueError: if the arguments do not fit each other, the vocabulary or ``max_model_len``.
@@ -170,22 +181,25 @@ class Reasoner:
             raise ValueError("seeds must be at least 0")
         if temperature != 0 and temperature < 0.01:
             raise ValueError("vLLM cannot sample at temperatures below 0.01")
+        done = list(begun or [Completion([], [], False)] * len(prompts))
+        rest = [i for i, c in enumerate(done) if not c.finished and len(c.ids) < max_tokens]
         outputs = self._run(
-            prompts,
-            seeds,
-            max_tokens=max_tokens,
+            [prompts[i] + done[i].ids for i in rest],
+            [_seed_after(seeds[i], len(done[i].ids)) for i in rest],
+            [max_tokens - len(done[i].ids) for i in rest],
+            paused=paused,
             temperature=temperature,
             logprobs=0,
             stop_token_ids=[self._eos_token_id],
         )
-        completions = []
-        for output in outputs:
-            ids = list(output.outputs[0].token_ids)
-            logprobs = list(output.outputs[0].logprobs.logprobs)
+        for i, output in outputs.items():
+            made = output.outputs[0]
+            ids, logprobs = list(made.token_ids), list(made.logprobs.logprobs)
             if len(logprobs) != len(ids):
                 raise RuntimeError(f"vLLM returned {len(logprobs)} log-probabilities for {len(ids)} tokens")
-            completions.append(Completion(ids, logprobs, ids[-1] == self._eos_token_id))
-        return completions
+            before = done[rest[i]]
+            done[rest[i]] = Completion(before.ids + ids, before.logprobs + logprobs, ids[-1:] == [self._eos_token_id])
+        return done
 
     def probe(self, ids: list[int]) -> list[float]:
         """Scores a fixed sequence; comparing scores tells whether the weights here are those expected.
@@ -202,8 +216,8 @@ class Reasoner:
         """
         if len(ids) < 2:
             raise ValueError("scoring needs at least two token ids")
-        (output,) = self._run([ids], [0], max_tokens=1, temperature=1.0, prompt_logprobs=0)
-        return list(output.prompt_logprobs.logprobs)
+        outputs = self._run([ids], [0], [1], temperature=1.0, prompt_logprobs=0)
+        return list(outputs[0].prompt_logprobs.logprobs)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Replaces all weights in place and drops every cached key and value computed with the old ones.
@@ -248,29 +262,42 @@ class Reasoner:
         self._llm.update_weights({"update_info": {"weights": weights}})
         self._llm.finish_weight_update()
 
-    def _run(self, prompts: list[list[int]], seeds: list[int], *, max_tokens: int, **params: Any) -> list[Any]:
-        """One request for each prompt, in order; ``params`` are further vLLM sampling parameters."""
+    def _run(
+        self,
+        prompts: list[list[int]],
+        seeds: list[int],
+        limits: list[int],
+        paused: Callable[[], bool] | None = None,
+        **params: Any,
+    ) -> dict[int, Any]:
+        """One request for each prompt, of so many tokens at most; ``params`` are further vLLM sampling parameters. The
+        output of each, by its number; of those that were paused as far as they came."""
         from vllm import SamplingParams, TokensPrompt
         from vllm.sampling_params import RequestOutputKind
 
         if not self._usable:
             raise RuntimeError("the reasoner has no weights yet or a mixture, as the last load failed, or it is closed")
-        for ids in prompts:
+        for ids, limit in zip(prompts, limits, strict=True):
             if not ids or min(ids) < 0 or max(ids) >= self._vocab_size:
                 raise ValueError(f"a prompt needs token ids, all from 0 to {self._vocab_size - 1}")
-            if len(ids) + max_tokens > self._max_model_len:
-                raise ValueError(f"{len(ids)} + {max_tokens} tokens exceed max_model_len {self._max_model_len}")
+            if len(ids) + limit > self._max_model_len:
+                raise ValueError(f"{len(ids)} + {limit} tokens exceed max_model_len {self._max_model_len}")
         # A request served from keys and values of an earlier call differs in the last bits from one that is not.
         self._reset_prefix_cache()
+        kind = RequestOutputKind.CUMULATIVE if paused else RequestOutputKind.FINAL_ONLY
         common = {"detokenize": False, "flat_logprobs": True, "ignore_eos": True, "skip_clone": True} | params
-        return self._llm.generate(
-            [TokensPrompt(prompt_token_ids=ids) for ids in prompts],
-            [
-                SamplingParams(max_tokens=max_tokens, seed=seed, output_kind=RequestOutputKind.FINAL_ONLY, **common)
-                for seed in seeds
-            ],
-            use_tqdm=False,
-        )
+        engine, latest = self._llm.llm_engine, dict[int, Any]()
+        for number, (ids, seed, limit) in enumerate(zip(prompts, seeds, limits, strict=True)):
+            sampling = SamplingParams(max_tokens=limit, seed=seed, output_kind=kind, **common)
+            engine.add_request(str(number), TokensPrompt(prompt_token_ids=ids), sampling)
+        try:
+            while engine.has_unfinished_requests():
+                latest.update((int(output.request_id), output) for output in engine.step())
+                if paused and paused():
+                    break
+        finally:
+            engine.abort_request([str(number) for number in range(len(prompts))])
+        return latest
 
     def _reset_prefix_cache(self) -> None:
         if not self._llm.reset_prefix_cache():
@@ -285,3 +312,8 @@ def start_reasoner(described: dict[str, Any] | Path, **options: Any) -> Reasoner
             (directory / "config.json").write_text(json.dumps(reasoner_config(described)))
             described = directory
         return Reasoner(described, empty=True, **options)
+
+
+def _seed_after(seed: int, tokens: int) -> int:
+    """Another stream for what follows a pause: the first tokens have used up the beginning of their own."""
+    return int(np.random.SeedSequence([seed, tokens]).generate_state(1, np.uint64)[0] >> 2) if tokens else seed

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from rollout.reasoner import Completion, start_reasoner
 from rollout.reasoner_dir import checked_weights
 
 log = logging.getLogger(__name__)
+PAUSE = "pause"
+POLL_S = 0.05
 
 
 class ReasonerActor:
@@ -30,6 +33,7 @@ class ReasonerActor:
 
     def __init__(self, described: dict[str, Any] | Path, settings: dict[str, Any]) -> None:
         self.reasoner = start_reasoner(described, **settings)
+        self.pausing = threading.Event()
         self.dtype = getattr(torch, settings["dtype"])
 
     def pid(self) -> int:
@@ -37,8 +41,13 @@ class ReasonerActor:
         return os.getpid()
 
     def generate(self, prompts: list[list[int]], seeds: list[int], **how: Any) -> list[Completion]:
-        """See `Reasoner.generate`."""
-        return self.reasoner.generate(prompts, seeds, **how)
+        """See `Reasoner.generate`, with `pause` for its `paused`."""
+        self.pausing.clear()
+        return self.reasoner.generate(prompts, seeds, paused=self.pausing.is_set, **how)
+
+    def pause(self) -> None:
+        """Ends the reasoning under way; called beside it, until it has ended."""
+        self.pausing.set()
 
     def probe(self, ids: list[int]) -> list[float]:
         """See `Reasoner.probe`."""
@@ -74,17 +83,30 @@ class RemoteReasoner:
         self._buckets = plan(self._shapes, self._dtype, rollout.bucket_mb << 20)
         room = ray.util.get_current_placement_group()
         assert room is not None, "a replica lives in a placement group"
-        own = ray.remote(ReasonerActor).options(
+        groups: dict[str, Any] = {"concurrency_groups": {PAUSE: 1}}
+        own = ray.remote(**groups)(ReasonerActor).options(
             scheduling_strategy=PlacementGroupSchedulingStrategy(room, 1), **options(rollout.actors["reasoner"])
         )
         self.handle: Any = own.remote(described, settings)
         self._call("pid")
 
     def generate(
-        self, prompts: list[list[int]], seeds: list[int], *, max_tokens: int, temperature: float = 1.0
+        self,
+        prompts: list[list[int]],
+        seeds: list[int],
+        *,
+        max_tokens: int,
+        temperature: float = 1.0,
+        begun: list[Completion] | None = None,
+        paused: Callable[[], bool] | None = None,
     ) -> list[Completion]:
         """See `Reasoner.generate`."""
-        return self._call("generate", prompts, seeds, max_tokens=max_tokens, temperature=temperature)
+        how = {"max_tokens": max_tokens, "temperature": temperature, "begun": begun}
+        call = self.handle.generate.remote(prompts, seeds, **how)
+        while paused and not ray.wait([call], timeout=POLL_S)[0]:
+            if paused():
+                self.handle.pause.options(concurrency_group=PAUSE).remote()
+        return self._result(call)
 
     def probe(self, ids: list[int]) -> list[float]:
         """See `Reasoner.probe`."""
@@ -103,9 +125,12 @@ class RemoteReasoner:
             self._call("load_part", bucket, flat.numpy())
         self._call("end_load")
 
-    def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+    def _call(self, method: str, *args: Any) -> Any:
+        return self._result(getattr(self.handle, method).remote(*args))
+
+    def _result(self, call: ray.ObjectRef) -> Any:
         try:
-            return ray.get(getattr(self.handle, method).remote(*args, **kwargs))
+            return ray.get(call)
         except RayActorError as error:
             if error.actor_init_failed:
                 raise

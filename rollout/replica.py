@@ -15,11 +15,13 @@ from common.config import TrainConfig
 from common.transport import Publication
 from rollout.actor import RolloutReplica
 from rollout.batch import Work
+from rollout.reasoner_actor import PAUSE
 
 
 @dataclass(eq=False)
 class Call:
-    """A call under way. future: what it returns; refs: the groups it makes; weights: the version it loads."""
+    """A call under way. future: what it returns; refs: the groups it makes; weights: the version it loads; pausing: the
+    version that its reasoning was told to pause for."""
 
     kind: Literal["build", "load", "generate"]
     future: Future[Any]
@@ -29,6 +31,7 @@ class Call:
     refs: list[ray.ObjectRef] = field(default_factory=list)
     weights: Publication | None = None
     ticket: Any = None
+    pausing: Publication | None = None
 
 
 class Replica:
@@ -53,7 +56,9 @@ class Replica:
         """The actor, in its room."""
         name, (own, *beside) = f"{config.run_name}-{self.name}", config.rollout.actors.values()
         self.room = Placement(own.asked, name=name, beside=[resources.asked for resources in beside])
-        actor = ray.remote(RolloutReplica).options(
+        # A pause is heard beside the call that it ends.
+        groups: dict[str, Any] = {"concurrency_groups": {PAUSE: 1}}
+        actor = ray.remote(**groups)(RolloutReplica).options(
             name=name, max_restarts=-1, scheduling_strategy=self.room.slot(), **options(own)
         )
         return actor.remote(config)
@@ -70,8 +75,13 @@ class Replica:
     def generate(self, work: Work) -> None:
         """Gives out work."""
         call = self.handle.generate.options(num_returns=1 + len(work.requests))
-        stats, *refs = call.remote(work.requests)
+        stats, *refs = call.remote(work.requests, work.begun)
         self._begin("generate", stats, work=work, refs=refs)
+
+    def pause(self, call: Call, weights: Publication) -> None:
+        """Has the call under way stop its reasoning for these weights; one that draws already goes on to its end."""
+        call.pausing = weights
+        self.handle.pause.options(concurrency_group=PAUSE).remote(weights.manifest.version)
 
     def _begin(self, kind: Literal["build", "load", "generate"], ref: ray.ObjectRef, **about: Any) -> None:
         call = Call(kind, ref.future(), time.monotonic() + self.deadline_s, **about)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from deploy.requests import training_requests
 from rollout.actor import RolloutReplica
 from rollout.batch import Work
 from rollout.pool import Batch, RolloutError, RolloutPool
-from rollout.replica import Call
+from rollout.replica import PAUSE, Call
 
 DEADLINE_S = 200
 
@@ -46,6 +48,7 @@ def config() -> TrainConfig:
             "data.prompts_per_step=6",
             "data.group_size=2",
             "rollout.groups_per_call=1",
+            "max_staleness=1",
         ],
     )
 
@@ -125,6 +128,57 @@ def test_a_hung_and_a_killed_replica_are_restarted_and_given_the_weights(
     assert ray.get(held, timeout=30) == [manifest.checksum] * 2
 
 
+def later(weights: ObjectStorePublication) -> ObjectStorePublication:
+    """The same bytes as version 8."""
+    return ObjectStorePublication(replace(weights.manifest, version=8), weights.buffers)
+
+
+def test_groups_that_are_being_made_go_on_with_the_weights_of_an_update(pool: RolloutPool, config: TrainConfig) -> None:
+    """Their reasoning is paused, the replica loads, the reasoning goes on, and the image is the new weights'."""
+    until(lambda: pool.serving == 2)
+    calm, weights = submit(pool, config), pool.weights
+    first = [ray.get(ref) for _, ref in sorted(calm.arrivals(DEADLINE_S))]
+    for replica in pool.replicas:
+        # As if a version had been waiting since before the call: every call ends after a token or two.
+        ray.get(replica.handle.pause.options(concurrency_group=PAUSE).remote(8))
+    before, reruns = pool.continued_groups, pool.rerun_groups
+    batch = submit(pool, config)
+    until(lambda: pool.continued_groups >= before + 4)
+    assert weights is not None
+    pool.sync(later(weights))
+    groups = [ray.get(ref) for _, ref in sorted(batch.arrivals(DEADLINE_S))]
+    chains = [chain for group in groups for chain in group.chains]
+    versions = {(chain.text.version, chain.image.version) for chain in chains}
+    assert (7, 8) in versions and versions <= {(7, 7), (7, 8), (8, 8)}
+    assert batch.versions == [min(chain.text.version for chain in group.chains) for group in groups]
+    assert sum(stats.chains for stats in batch.stats) == len(chains) == 12 and pool.rerun_groups == reruns
+    assert [[c.seed for c in g.chains] for g in groups] == [[c.seed for c in g.chains] for g in first]
+    assert all(len(chain.text.ids) == len(chain.text.logprobs) for chain in chains)
+    pool.sync(weights)
+
+
+def test_a_publication_pauses_the_calls_under_way(pool: RolloutPool, config: TrainConfig) -> None:
+    until(lambda: pool.serving == 2)
+    pids = [ray.get(replica.handle.pid.remote()) for replica in pool.replicas]
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    batch, weights = submit(pool, config), pool.weights
+    until(lambda: all(replica.call is not None for replica in pool.replicas))
+    calls = [replica.call for replica in pool.replicas]
+    assert weights is not None
+    again = ObjectStorePublication(weights.manifest, weights.buffers)
+    thread = threading.Thread(target=pool.sync, args=(again,))
+    thread.start()
+    try:
+        until(lambda: all(call is not None and call.pausing is again for call in calls))
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+    thread.join(DEADLINE_S)
+    assert all(replica.holds is again for replica in pool.replicas)
+    assert len(list(batch.arrivals(DEADLINE_S))) == 6
+
+
 def test_late_news_of_a_death_is_no_try_and_no_restart(
     pool: RolloutPool, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,6 +222,12 @@ def test_a_reasoner_in_an_actor_of_its_own_draws_the_same_chains_and_is_replaced
         # The replica does not go on without it.
         assert all(same(a, b) for a, b in zip(calm, collect(apart, config), strict=True))
         assert apart.restarts == 1 and replica.holds is weights and first not in reasoner_pids()
+        # Nor does it hear of a pause any less.
+        ray.get(replica.handle.pause.options(concurrency_group=PAUSE).remote(8))
+        batch = submit(apart, config)
+        until(lambda: apart.continued_groups > 0)
+        apart.sync(later(weights))
+        assert len(list(batch.arrivals(DEADLINE_S))) == 6 and 7 in batch.versions
     finally:
         apart.close()
     until(lambda: reasoner_pids() == [])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,29 @@ def test_no_keys_and_values_survive_a_load(reasoner: Reasoner, weights: Weights)
     new = reasoner.generate(prompts, seeds, max_tokens=8)
     assert new != old
     assert rescoring_error(reasoner, prompts, new) < TOLERANCE
+
+
+def test_reasoning_goes_on_with_other_weights_after_a_pause(reasoner: Reasoner, weights: Weights) -> None:
+    """Every token's log-prob is that of the weights that drew it, in the context of all tokens before it."""
+    prompts, seeds, limit = random_prompts(4, 40), [1, 2, 3, 4], 24
+    whole = reasoner.generate(prompts, seeds, max_tokens=limit)
+    tokens = count()
+    begun = reasoner.generate(prompts, seeds, max_tokens=limit, paused=lambda: next(tokens) == 8)
+    cuts = [len(completion.ids) for completion in begun]
+    assert all(0 < cut < limit for cut in cuts) and not any(completion.finished for completion in begun)
+    assert [c.ids for c in begun] == [c.ids[:cut] for c, cut in zip(whole, cuts, strict=True)]
+
+    reasoner.load_weights((name, tensor * 1.2) for name, tensor in weights.items())
+    done = reasoner.generate(prompts, seeds, max_tokens=limit, begun=begun, paused=lambda: False)
+    for prompt, before, after, cut in zip(prompts, begun, done, cuts, strict=True):
+        assert (after.ids[:cut], after.logprobs[:cut]) == (before.ids, before.logprobs)
+        assert after.finished or len(after.ids) == limit
+        errors = np.abs(np.array(reasoner.probe(prompt + after.ids))[len(prompt) - 1 :] - after.logprobs)
+        assert errors[cut:].max() < TOLERANCE < 1e-2 < errors[:cut].max()
+    assert reasoner.generate(prompts, seeds, max_tokens=limit, begun=done) == done, "nothing is left to do"
+    # Two chains of one prompt that were paused alike do not go on alike.
+    twins = reasoner.generate(prompts[:1] * 2, [5, 6], max_tokens=limit, begun=begun[:1] * 2)
+    assert twins[0].ids != twins[1].ids
 
 
 def test_a_wrong_set_of_weights_is_refused(reasoner: Reasoner, weights: Weights) -> None:

@@ -21,7 +21,9 @@ REQUEST = RolloutRequest(Prompt("p", "a red circle", {}), 0, (1, 2), None, 3)
 
 @pytest.fixture(scope="module")
 def replica(local_ray: None) -> Iterator[RolloutReplica]:
-    replica = RolloutReplica(load_config("shapes", ["sampling.max_tokens=4", "rollout.dtype=float32"]))
+    replica = RolloutReplica(
+        load_config("shapes", ["sampling.max_tokens=4", "rollout.dtype=float32", "max_staleness=1"])
+    )
     yield replica
     replica.reasoner.close()
 
@@ -53,6 +55,24 @@ def test_what_a_replica_holds_is_not_fetched_again(replica: RolloutReplica, vers
     assert len(fetched) > 5
     assert replica.load_weights(manifest, fetched) == manifest.checksum != before.checksum
     assert replica.generate([REQUEST])[1].chains[0].text.version == 2
+
+
+def test_a_paused_call_goes_on_with_the_version_it_was_paused_for(
+    replica: RolloutReplica, versions: tuple[Version, Version]
+) -> None:
+    (first, buffers), (second, changed) = versions
+    replica.load_weights(first, buffers)
+    replica.pause(2)
+    nothing, begun = replica.generate([REQUEST])
+    assert nothing is None and all(0 < len(completion.ids) < 4 for completion in begun.completions)
+    replica.load_weights(second, changed)
+    stats, group = replica.generate([REQUEST], begun)
+    assert [(chain.text.version, chain.image.version) for chain in group.chains] == [(1, 2)] * 2
+    for chain, before in zip(group.chains, begun.completions, strict=True):
+        assert chain.text.ids[: len(before.ids)].tolist() == before.ids and len(chain.text.ids) > len(before.ids)
+    assert stats.version == 1 and stats.tokens == sum(len(chain.text.ids) for chain in group.chains)
+    replica.pause(2)
+    assert replica.generate([REQUEST])[0].version == 2, "late word of a version that is held already pauses nothing"
 
 
 def test_a_damaged_buffer_is_refused_by_name_and_mended_by_the_next_load(

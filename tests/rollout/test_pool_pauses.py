@@ -1,0 +1,153 @@
+"""What the pool does with work that is paused for a version. Its replicas are scripted; test_pool.py has real ones."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from common.config import TrainConfig
+from common.recipe import load_config
+from common.transport.object_store import ObjectStorePublication
+from common.types import Prompt, RolloutRequest, RolloutStats, WeightManifest
+from rollout.pool import RolloutPool
+from rollout.replica import Replica
+
+DEADLINE_S = 60
+REQUESTS = [RolloutRequest(Prompt(str(i), "p", {}), 0, (2 * i, 2 * i + 1), None, 3) for i in range(2)]
+
+
+@dataclass
+class Ref:
+    """A reference that says when it is there."""
+
+    future_: Future[Any] = field(default_factory=Future)
+
+    def future(self) -> Future[Any]:
+        return self.future_
+
+
+@dataclass
+class Method:
+    """A method of the scripted actor."""
+
+    call: Any
+
+    def options(self, **options: Any) -> Method:
+        return self
+
+    def remote(self, *arguments: Any) -> Any:
+        return self.call(*arguments)
+
+
+class Script:
+    """An actor that acknowledges every load, and ends a generation when it is paused or told to."""
+
+    def __init__(self) -> None:
+        self.heard: list[tuple[Any, ...]] = []
+        self.under_way: Ref | None = None
+        self.generating = threading.Semaphore(0)
+
+    def __getattr__(self, name: str) -> Method:
+        return Method(getattr(self, f"_{name}"))
+
+    def _ping(self) -> Ref:
+        return done("first start")
+
+    def _load_weights(self, manifest: WeightManifest, ticket: Any) -> Ref:
+        self.heard.append(("load", manifest.version))
+        return done(manifest.checksum)
+
+    def _pause(self, version: int) -> None:
+        self.heard.append(("pause", version))
+        assert self.under_way is not None
+        self.under_way.future_.set_result(None)
+
+    def _generate(self, requests: list[RolloutRequest], begun: Any) -> list[Any]:
+        self.heard.append(("generate", begun))
+        self.under_way = Ref()
+        self.generating.release()
+        return [self.under_way, f"{len(self.heard)}: first", f"{len(self.heard)}: second"]
+
+    def end(self, version: int) -> None:
+        assert self.under_way is not None
+        self.under_way.future_.set_result(RolloutStats(version, 4, 8, 0.1, 0.1, 0.0))
+
+
+def done(value: Any) -> Ref:
+    ref = Ref()
+    ref.future_.set_result(value)
+    return ref
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Script:
+    monkeypatch.setattr("rollout.pool.ray.put", lambda value: value)
+    return Script()
+
+
+@pytest.fixture
+def pool(script: Script) -> Any:
+    class Scripted(Replica):
+        def start(self, config: TrainConfig) -> Any:
+            return script
+
+        def has_room(self) -> bool:
+            return True
+
+        def restart(self) -> None:
+            pass
+
+        def end(self) -> None:
+            pass
+
+    options = ["rollout.replicas=1", "rollout.groups_per_call=2", "max_staleness=1"]
+    pool = RolloutPool(load_config("shapes", options), replica_type=Scripted)
+    pool.wait_ready()
+    yield pool
+    pool.close()
+
+
+def version(number: int) -> ObjectStorePublication:
+    publication = ObjectStorePublication(WeightManifest(number, "float32", ()), [])
+    publication.__dict__["_ticket"] = "ticket"
+    return publication
+
+
+def begin(pool: RolloutPool, script: Script) -> Any:
+    pool.sync(version(7))
+    batch = pool.submit(REQUESTS)
+    assert script.generating.acquire(timeout=DEADLINE_S)
+    return batch
+
+
+def test_paused_work_goes_on_after_the_load(pool: RolloutPool, script: Script) -> None:
+    batch = begin(pool, script)
+    pool.sync(version(8))
+    assert script.generating.acquire(timeout=DEADLINE_S)
+    script.end(7)
+    assert dict(batch.arrivals(DEADLINE_S)) == {0: "5: first", 1: "5: second"}
+    assert script.heard == [("load", 7), ("generate", None), ("pause", 8), ("load", 8), ("generate", "2: first")]
+    assert batch.versions == [7, 7] and pool.metrics()["rollout/continued_groups"] == 2 and pool.rerun_groups == 0
+
+
+def test_paused_work_that_fails_begins_anew(pool: RolloutPool, script: Script) -> None:
+    """What it had begun may be what was lost."""
+    begin(pool, script)
+    pool.sync(version(8))
+    assert script.generating.acquire(timeout=DEADLINE_S) and script.under_way is not None
+    script.under_way.future_.set_exception(RuntimeError("lost"))
+    assert script.generating.acquire(timeout=DEADLINE_S)
+    assert script.heard[-1] == ("generate", None) and pool.rerun_groups == 2
+
+
+def test_paused_work_that_nobody_wants_is_forgotten(pool: RolloutPool, script: Script) -> None:
+    begin(pool, script)
+    pool.cancel()
+    pool.sync(version(8))
+    assert script.heard[-1] == ("load", 8) and pool.continued_groups == 0
+    pool.submit(REQUESTS)
+    assert script.generating.acquire(timeout=DEADLINE_S) and script.heard[-1] == ("generate", None)
