@@ -25,6 +25,7 @@ from common.transport import Publication, TransportError
 from common.types import RolloutRequest, RolloutStats
 from rollout.batch import Batch, RolloutError, Work
 from rollout.replica import Call, Replica
+from rollout.scaling import first_to_go, wanted
 
 log = logging.getLogger(__name__)
 MAX_ERRORS = 3  # of one piece of work
@@ -105,7 +106,7 @@ class RolloutPool:
     def states(self) -> dict[str, str]:
         """What every replica does, by name."""
         with self._changed:
-            return {replica.name: _state(replica) for replica in self.replicas}
+            return {replica.name: replica.state for replica in self.replicas}
 
     def scale(self, replicas: int) -> None:
         """Holds the pool at a number of replicas: new ones join when built, surplus ones leave after their work."""
@@ -284,14 +285,14 @@ class RolloutPool:
         elif isinstance(error, RayTaskError):
             self._wrong(replica, str(cause))
         elif error is not None:
-            _give_up(call)
+            call.give_up()
             self._lost(replica, error)
         elif call.weights:
-            held, wanted = call.future.result(), call.weights.manifest.checksum
-            if held == wanted:
+            held, sent = call.future.result(), call.weights.manifest.checksum
+            if held == sent:
                 replica.holds = call.weights
             else:
-                self._wrong(replica, f"it holds {held} instead of {wanted}")
+                self._wrong(replica, f"it holds {held} instead of {sent}")
 
     def _built(self, replica: Replica, start: str) -> None:
         """start: which start of the actor answers. If it is one that has answered before, Ray told late of a death
@@ -373,7 +374,7 @@ class RolloutPool:
         log.warning("%s did not finish %s within %.0f s; restarting it", replica.name, call.kind, waited)
         event("replica_lost", replica=replica.name, reason=f"it did not finish {call.kind} within {waited:.0f} s")
         replica.call = None
-        _give_up(call)
+        call.give_up()
         self._restart(replica)
         if call.work:
             replica.blamed = call.work
@@ -386,17 +387,10 @@ class RolloutPool:
     def _resize(self) -> None:
         """Asks for replicas while work is queued that nobody is there to take; lets long idle ones go."""
         staying = [replica for replica in self.replicas if not replica.leaving]
-        coming = sum(not replica.serving for replica in staying)
-        wanted = len(staying) + max(0, len(self._queue) - coming)
-        idle = [replica.idle_since for replica in staying if replica.serving and replica.call is None]
-        if idle and time.monotonic() - min(idle) > self.config.rollout.idle_s:
-            wanted -= 1
-        wanted = max(self.fewest, min(wanted, self.most))
-        for _ in range(wanted - len(staying)):
+        number = wanted(staying, len(self._queue), (self.fewest, self.most), self.config.rollout.idle_s)
+        for _ in range(number - len(staying)):
             self._add()
-        # Those that have nothing to finish go first.
-        staying.sort(key=lambda replica: (replica.serving, replica.call is not None))
-        for replica in staying[: max(0, len(staying) - wanted)]:
+        for replica in first_to_go(staying)[: max(0, len(staying) - number)]:
             replica.leaving = True
             if not replica.serving:
                 replica.call = None
@@ -408,19 +402,6 @@ class RolloutPool:
             for batch in {work.batch for work in [*self._queue, *self._under_way()]}:
                 batch.fail(error)
             self._changed.notify_all()
-
-
-def _give_up(call: Call) -> None:
-    if call.weights:
-        call.weights.give_up(call.ticket)
-
-
-def _state(replica: Replica) -> str:
-    if replica.leaving:
-        return "leaving"
-    if not replica.serving:
-        return "starting"
-    return {"load": "loading weights", "generate": "generating"}.get(replica.call.kind if replica.call else "", "idle")
 
 
 __all__ = ["Batch", "RolloutError", "RolloutPool"]

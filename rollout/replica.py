@@ -33,6 +33,11 @@ class Call:
     ticket: Any = None
     pausing: Publication | None = None
 
+    def give_up(self) -> None:
+        """Whoever sends what it loads stops waiting for this replica."""
+        if self.weights:
+            self.weights.give_up(self.ticket)
+
 
 class Replica:
     """Ray restarts the actor after a death, on another node if it must, since it also moves the placement group."""
@@ -87,6 +92,15 @@ class Replica:
         call = Call(kind, ref.future(), time.monotonic() + self.deadline_s, **about)
         self.call = call
         call.future.add_done_callback(lambda _: self._arrived(self, call))
+
+    @property
+    def state(self) -> str:
+        """What it does, for people."""
+        if self.leaving:
+            return "leaving"
+        if not self.serving:
+            return "starting"
+        return {"load": "loading weights", "generate": "generating"}.get(self.call.kind if self.call else "", "idle")
 
     def has_room(self) -> bool:
         """Whether the cluster has granted the placement group."""
