@@ -33,7 +33,7 @@ from deploy.requests import training_requests  # noqa: E402
 from rollout import replica  # noqa: E402
 from rollout.pool import RolloutPool  # noqa: E402
 
-GROUPS, CALL_S, DEADLINE_S = 9, 1.0, 150
+GROUPS, CALL_S, DEADLINE_S = 8, 1.0, 150
 
 
 class SimulatedEngine:
