@@ -19,6 +19,7 @@ import logging
 import os
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -31,6 +32,7 @@ from common.bagel.config import BagelConfig
 from common.config import Section, TrainConfig, resolve_path
 from common.prompts import PromptOrder, read_prompts
 from common.recipe import load_config
+from common.transport import Publication
 from common.transport.object_store import ObjectStorePublication
 from common.types import Chain, Group, ImageSegment, RolloutRequest, RolloutStats, TextSegment, WeightBucket
 from common.types import WeightManifest as Manifest
@@ -38,7 +40,7 @@ from deploy.requests import training_requests
 from rewards.pool import RewardPool
 from rewards.scorer import Scorer, ScorerOutput
 from rollout.pool import RolloutPool
-from rollout.replica import Replica
+from rollout.replica import Call, Replica
 
 SIZES = (8, 64, 256, 1000)
 GROUP, CALL_S, SPREAD = 24, 10.0, 0.2
@@ -46,37 +48,52 @@ ROUNDS, PER_HOST, TENSORS = 4, 250, 1200
 SCORE_S = 0.05
 
 
-def call_seconds(request: RolloutRequest) -> float:
+def call_seconds(request: RolloutRequest, mean: float = CALL_S) -> float:
     """How long a group takes, 10 s and up to 20 % more or less, the same wherever it is made."""
-    return CALL_S * (1 + SPREAD * (2 * (request.seeds[0] % 1009) / 1008 - 1))
+    return mean * (1 + SPREAD * (2 * (request.seeds[0] % 1009) / 1008 - 1))
 
 
 class SimulatedHost:
     """Many simulated replicas in one process. Not an engine: it sleeps and returns noise of the right shapes."""
 
-    def __init__(self, tokens: int, latents: tuple[int, int, int], pixels: tuple[int, int, int]) -> None:
-        """latents [K, N, D] of a chain's window."""
+    def __init__(self, tokens: int, latents: tuple[int, int, int], pixels: tuple[int, int, int], call_s: float) -> None:
+        """latents [K, N, D] of a chain's window; call_s: mean seconds of a group, of which half are reasoning."""
         noise = np.zeros(latents, np.float32)
         ids, times = np.zeros(tokens, np.int64), np.zeros(latents[0], np.float32)
         text = TextSegment(ids, ids, np.zeros(tokens, np.float32), True, "", 0)
         image = ImageSegment(noise, noise, noise, times, times, np.zeros(pixels, np.uint8), (1, latents[1]), 0)
-        self._chain = (text, image)
+        self._chain, self._call_s = (text, image), call_s
         self._calls: dict[int, list[tuple[float, float]]] = {}
+        self._held: dict[int, int] = {}
+        self._pauses: dict[int, asyncio.Event] = {}
 
     async def ping(self, replica: int) -> str:
         return "first start"
 
     async def load_weights(self, replica: int, manifest: Manifest, ticket: Any) -> str:
+        self._held[replica] = manifest.version
         return manifest.checksum
 
-    async def generate(self, replica: int, requests: list[RolloutRequest]) -> tuple[RolloutStats | Group, ...]:
-        begun = time.monotonic()
-        await asyncio.sleep(sum(map(call_seconds, requests)))
+    async def pause(self, replica: int, version: int) -> None:
+        if replica in self._pauses:
+            self._pauses[replica].set()
+
+    async def generate(
+        self, replica: int, requests: list[RolloutRequest], paused: tuple[float, int] | None = None
+    ) -> tuple[RolloutStats | Group | tuple[float, int] | None, ...]:
+        """paused: the seconds that were reasoned before a pause, and by which version."""
+        begun, (reasoned, version) = time.monotonic(), paused or (0.0, self._held[replica])
+        half = sum(call_seconds(request, self._call_s) for request in requests) / 2
+        self._pauses[replica] = pause = asyncio.Event()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(pause.wait(), half - reasoned)
+            return None, (reasoned + time.monotonic() - begun, version), *[None] * (len(requests) - 1)
+        await asyncio.sleep(half)
         groups = [Group(r.prompt, r.step, tuple(self._copy(seed) for seed in r.seeds)) for r in requests]
         self._calls.setdefault(replica, []).append((begun, time.monotonic()))
         chains = sum(len(group.chains) for group in groups)
         tokens = chains * len(self._chain[0].ids)
-        return RolloutStats(0, chains, tokens, CALL_S / 2, CALL_S / 2, time.time() - CALL_S), *groups
+        return RolloutStats(version, chains, tokens, half, half, time.time() - 2 * half), *groups
 
     def _copy(self, seed: int) -> Chain:
         """Arrays of its own, so that each is serialised."""
@@ -125,6 +142,10 @@ class SimulatedReplica(Replica):
 
     def has_room(self) -> bool:
         return True
+
+    def pause(self, call: Call, weights: Publication) -> None:
+        call.pausing = weights
+        self.handle.pause.remote(weights.manifest.version)
 
     def restart(self) -> None:
         raise RuntimeError(f"{self.name} is simulated and does not fail")
@@ -175,17 +196,23 @@ def ideal_seconds(durations: list[float], replicas: int) -> float:
     return max(free)
 
 
-def measure(replicas: int) -> dict[str, float]:
-    """A few rounds of one group per replica, the next round queued before the last has ended."""
-    config = configuration(replicas)
-    order = PromptOrder(read_prompts(resolve_path(config.data.train)), replicas, 0)
+def hosts(config: TrainConfig, replicas: int, call_s: float = CALL_S) -> tuple[list[Any], type[Replica]]:
+    """Processes that play so many replicas, and what a pool makes its replicas of."""
     host: Any = ray.remote(SimulatedHost).options(num_cpus=0, max_concurrency=2 * PER_HOST)
     model = BagelConfig.read(resolve_path(config.model.path))
     rows, columns = model.grid(config.model.height, config.model.width)
     latents = (config.sampling.window_size, rows * columns, model.token_dim)
     pixels = (config.model.height, config.model.width, 3)
-    hosts = [host.remote(config.sampling.max_tokens, latents, pixels) for _ in range(-(-replicas // PER_HOST))]
-    pool_type = type("HostedReplica", (SimulatedReplica,), {"hosts": hosts})
+    number = -(-replicas // PER_HOST)
+    found = [host.remote(config.sampling.max_tokens, latents, pixels, call_s) for _ in range(number)]
+    return found, type("HostedReplica", (SimulatedReplica,), {"hosts": found})
+
+
+def measure(replicas: int) -> dict[str, float]:
+    """A few rounds of one group per replica, the next round queued before the last has ended."""
+    config = configuration(replicas)
+    order = PromptOrder(read_prompts(resolve_path(config.data.train)), replicas, 0)
+    players, pool_type = hosts(config, replicas)
     pool = RolloutPool(config, replica_type=pool_type)
     rewards = RewardPool(config.rewards, config.run_name)
     try:
@@ -201,12 +228,12 @@ def measure(replicas: int) -> dict[str, float]:
             rewards.finish(tickets)
             batch.groups.clear()
         wall, cpu = max(b.finished for b in batches) - started, time.process_time() - cpu
-        delays = np.concatenate(ray.get([h.delays.remote() for h in hosts]))
+        delays = np.concatenate(ray.get([host.delays.remote() for host in players]))
     finally:
         rewards.close()
         pool.close()
-        for actor in hosts:
-            ray.kill(actor)
+        for host in players:
+            ray.kill(host)
     durations = [call_seconds(request) for step in requests for request in step]
     return {
         "replicas": replicas,
