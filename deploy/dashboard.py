@@ -32,6 +32,11 @@ PANELS: dict[str, tuple[Panel, ...]] = {
     ),
     "Actors": (
         ("Rollout replicas", "none", ("rollout/replicas", "rollout/replicas_wanted")),
+        (
+            "What rollout replicas do",
+            "none",
+            ("rollout/starting", "rollout/idle", "rollout/generating", "rollout/loading", "rollout/leaving"),
+        ),
         ("Groups that wait", "none", ("rollout/queued_groups", "reward/queued_groups")),
         ("Reward actors", "none", ("reward/actors",)),
         ("Restarts", "none", ("rollout/restarts", "reward/restarts", "learner/rebuilds")),

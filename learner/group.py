@@ -138,7 +138,7 @@ class LearnerGroup:
 
     def parameters(self) -> str:
         """The table of which parameter is trained in which group, as rank 0 has it."""
-        return str(ray.get(self.ranks[0].parameters.remote(), timeout=self.config.learner.deadline_s))
+        return str(self._outcomes([self.ranks[0].parameters.remote()], "parameters")[0])
 
     def update(self, step: int, groups: list[ray.ObjectRef], rewards: NDArray[np.float64]) -> dict[str, float]:
         """One joint update; rewards [B, G]. ObjectLostError, with nothing changed, if a group is on no node any more;

@@ -88,7 +88,10 @@ class RolloutReplica:
             "gpu_memory_utilization": rollout.gpu_memory_utilization,
         }
         elsewhere = rollout.reasoner_actor is not None
-        reasoner = RemoteReasoner(rollout, described, options) if elsewhere else start_reasoner(described, **options)
+        pauses = bool(self.config.max_staleness)
+        reasoner: Reasoner | RemoteReasoner = (
+            RemoteReasoner(rollout, described, options, pauses) if elsewhere else start_reasoner(described, **options)
+        )
         reasoner.load_weights(weights.items())
         return reasoner
 

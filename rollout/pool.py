@@ -11,7 +11,7 @@ import logging
 import queue
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping
 
 import ray
@@ -24,7 +24,7 @@ from common.timeline import span
 from common.transport import Publication, TransportError
 from common.types import RolloutRequest, RolloutStats
 from rollout.batch import Batch, RolloutError, Work
-from rollout.replica import Call, Replica
+from rollout.replica import STATES, Call, Replica
 from rollout.scaling import first_to_go, wanted
 
 log = logging.getLogger(__name__)
@@ -44,6 +44,7 @@ class RolloutPool:
         self.replicas: list[Replica] = []
         self.weights: Publication | None = None
         self._manifest: ray.ObjectRef | None = None
+        self._awaited: Replica | None = None
         self.restarts = self.rerun_groups = self.continued_groups = 0
         self._faults = 0
         self._started = 0
@@ -91,10 +92,12 @@ class RolloutPool:
         return sum(replica.serving and not replica.leaving for replica in self.replicas)
 
     def metrics(self) -> dict[str, float]:
-        """How many replicas serve and are wanted; restarts, and groups that were generated again or went on after a
-        pause, since the start; groups that wait for a replica."""
+        """How many replicas serve, are wanted, and are in each state; restarts, and groups that were generated again or
+        went on after a pause, since the start; groups that wait for a replica."""
         with self._changed:
+            doing = Counter(replica.state for replica in self.replicas)
             return {
+                **{f"rollout/{state}": float(doing[state]) for state in STATES},
                 "rollout/replicas": float(self.serving),
                 "rollout/replicas_wanted": float(sum(not replica.leaving for replica in self.replicas)),
                 "rollout/restarts": float(self.restarts),
@@ -240,8 +243,8 @@ class RolloutPool:
                 self._next(replica)
             elif now > replica.call.deadline:
                 self._overdue(replica, replica.call)
-            elif replica.call.work and self.weights not in (None, replica.holds, replica.call.pausing):
-                replica.pause(replica.call, self.weights)
+            elif self.weights:
+                replica.pause_for(self.weights)
         self._resize()
 
     def _next(self, replica: Replica) -> None:
@@ -261,8 +264,12 @@ class RolloutPool:
         """Sends a version to one replica, or, if all must fetch it together, to all of them once the last is free."""
         fetching = [replica]
         if weights.together:
-            fetching = [r for r in self.replicas if r.serving and not r.leaving and r.holds is not weights]
-            if any(r.call for r in fetching):
+            # Each of many that wait asks for the one that was still busy, not for all.
+            if self._awaited and self._awaited.call and self._awaited.lacks(weights):
+                return
+            fetching = [r for r in self.replicas if r.lacks(weights)]
+            self._awaited = next((r for r in fetching if r.call), None)
+            if self._awaited:
                 return
         for fetcher, ticket in zip(fetching, weights.tickets(len(fetching)), strict=True):
             fetcher.load(weights, self._manifest, ticket)

@@ -28,6 +28,13 @@ PAUSE = "pause"
 POLL_S = 0.05
 
 
+def pausable(actor: type, pauses: bool) -> Any:
+    """An actor class of Ray's whose `pause` is heard beside the call that it ends. Ray then makes all calls on a thread
+    of their own; one that never pauses keeps to the main thread, where it was built."""
+    groups: dict[str, Any] = {"concurrency_groups": {PAUSE: 1} if pauses else {}}
+    return ray.remote(**groups)(actor)
+
+
 class ReasonerActor:
     """The actor: a `Reasoner` whose weights arrive in buckets."""
 
@@ -40,10 +47,10 @@ class ReasonerActor:
         """The actor's process."""
         return os.getpid()
 
-    def generate(self, prompts: list[list[int]], seeds: list[int], **how: Any) -> list[Completion]:
+    def generate(self, prompts: list[list[int]], seeds: list[int], pauses: bool, **how: Any) -> list[Completion]:
         """See `Reasoner.generate`, with `pause` for its `paused`."""
         self.pausing.clear()
-        return self.reasoner.generate(prompts, seeds, paused=self.pausing.is_set, **how)
+        return self.reasoner.generate(prompts, seeds, paused=self.pausing.is_set if pauses else None, **how)
 
     def pause(self) -> None:
         """Ends the reasoning under way; called beside it, until it has ended."""
@@ -77,14 +84,15 @@ class RemoteReasoner:
     its reasoner ends itself, and Ray restarts it with another.
     """
 
-    def __init__(self, rollout: Rollout, described: dict[str, Any] | Path, settings: dict[str, Any]) -> None:
-        """Blocks until the engine is up. RayActorError if it cannot be built."""
+    def __init__(
+        self, rollout: Rollout, described: dict[str, Any] | Path, settings: dict[str, Any], pauses: bool
+    ) -> None:
+        """Blocks until the engine is up. pauses: whether calls may be paused. RayActorError if it cannot be built."""
         self._shapes, self._dtype = settings["shapes"], getattr(torch, settings["dtype"])
         self._buckets = plan(self._shapes, self._dtype, rollout.bucket_mb << 20)
         room = ray.util.get_current_placement_group()
         assert room is not None, "a replica lives in a placement group"
-        groups: dict[str, Any] = {"concurrency_groups": {PAUSE: 1}}
-        own = ray.remote(**groups)(ReasonerActor).options(
+        own = pausable(ReasonerActor, pauses).options(
             scheduling_strategy=PlacementGroupSchedulingStrategy(room, 1), **options(rollout.actors["reasoner"])
         )
         self.handle: Any = own.remote(described, settings)
@@ -102,7 +110,7 @@ class RemoteReasoner:
     ) -> list[Completion]:
         """See `Reasoner.generate`."""
         how = {"max_tokens": max_tokens, "temperature": temperature, "begun": begun}
-        call = self.handle.generate.remote(prompts, seeds, **how)
+        call = self.handle.generate.remote(prompts, seeds, paused is not None, **how)
         while paused and not ray.wait([call], timeout=POLL_S)[0]:
             if paused():
                 self.handle.pause.options(concurrency_group=PAUSE).remote()

@@ -15,7 +15,9 @@ from common.config import TrainConfig
 from common.transport import Publication
 from rollout.actor import RolloutReplica
 from rollout.batch import Work
-from rollout.reasoner_actor import PAUSE
+from rollout.reasoner_actor import PAUSE, pausable
+
+STATES = ("starting", "idle", "generating", "loading", "leaving")
 
 
 @dataclass(eq=False)
@@ -46,6 +48,7 @@ class Replica:
         """arrived is called, from a thread of Ray's, when a call ends."""
         self.name = f"rollout-{index}"
         self.deadline_s = config.rollout.deadline_s
+        self.pauses = bool(config.max_staleness)
         self._arrived = arrived
         self.handle = self.start(config)
         self.call: Call | None = None
@@ -61,9 +64,7 @@ class Replica:
         """The actor, in its room."""
         name, (own, *beside) = f"{config.run_name}-{self.name}", config.rollout.actors.values()
         self.room = Placement(own.asked, name=name, beside=[resources.asked for resources in beside])
-        # A pause is heard beside the call that it ends.
-        groups: dict[str, Any] = {"concurrency_groups": {PAUSE: 1}}
-        actor = ray.remote(**groups)(RolloutReplica).options(
+        actor = pausable(RolloutReplica, self.pauses).options(
             name=name, max_restarts=-1, scheduling_strategy=self.room.slot(), **options(own)
         )
         return actor.remote(config)
@@ -83,10 +84,11 @@ class Replica:
         stats, *refs = call.remote(work.requests, work.begun)
         self._begin("generate", stats, work=work, refs=refs)
 
-    def pause(self, call: Call, weights: Publication) -> None:
-        """Has the call under way stop its reasoning for these weights; one that draws already goes on to its end."""
-        call.pausing = weights
-        self.handle.pause.options(concurrency_group=PAUSE).remote(weights.manifest.version)
+    def pause_for(self, weights: Publication) -> None:
+        """Has a generation under way stop its reasoning for weights that it lacks; one that draws already goes on."""
+        if self.pauses and self.call and self.call.work and weights not in (self.holds, self.call.pausing):
+            self.call.pausing = weights
+            self.handle.pause.options(concurrency_group=PAUSE).remote(weights.manifest.version)
 
     def _begin(self, kind: Literal["build", "load", "generate"], ref: ray.ObjectRef, **about: Any) -> None:
         call = Call(kind, ref.future(), time.monotonic() + self.deadline_s, **about)
@@ -95,12 +97,16 @@ class Replica:
 
     @property
     def state(self) -> str:
-        """What it does, for people."""
+        """What it does, one of STATES."""
         if self.leaving:
             return "leaving"
         if not self.serving:
             return "starting"
-        return {"load": "loading weights", "generate": "generating"}.get(self.call.kind if self.call else "", "idle")
+        return {"load": "loading", "generate": "generating"}.get(self.call.kind if self.call else "", "idle")
+
+    def lacks(self, weights: Publication) -> bool:
+        """Whether it serves on without these weights."""
+        return self.serving and not self.leaving and self.holds is not weights
 
     def has_room(self) -> bool:
         """Whether the cluster has granted the placement group."""

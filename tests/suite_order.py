@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-WHOLE_RUNS = ("test_chaos", "test_end_to_end", "test_job_submit", "test_pool", "test_composed_end_to_end")
+WHOLE_RUNS = (
+    "test_chaos",
+    "test_end_to_end",
+    "test_job_submit",
+    "test_pool",
+    "test_composed_end_to_end",
+    "test_autoscaling",
+)
 """Files that mostly wait for Ray's processes. The longest begin first, so that the workers end together."""
 
 

@@ -32,7 +32,6 @@ from common.bagel.config import BagelConfig
 from common.config import Section, TrainConfig, resolve_path
 from common.prompts import PromptOrder, read_prompts
 from common.recipe import load_config
-from common.transport import Publication
 from common.transport.object_store import ObjectStorePublication
 from common.types import Chain, Group, ImageSegment, RolloutRequest, RolloutStats, TextSegment, WeightBucket
 from common.types import WeightManifest as Manifest
@@ -40,7 +39,7 @@ from deploy.requests import training_requests
 from rewards.pool import RewardPool
 from rewards.scorer import Scorer, ScorerOutput
 from rollout.pool import RolloutPool
-from rollout.replica import Call, Replica
+from rollout.replica import Replica
 
 SIZES = (8, 64, 256, 1000)
 GROUP, CALL_S, SPREAD = 24, 10.0, 0.2
@@ -124,7 +123,8 @@ class SimulatedMethod:
     method: Any
     index: int
 
-    def options(self, **options: Any) -> SimulatedMethod:
+    def options(self, concurrency_group: str = "", **options: Any) -> SimulatedMethod:
+        """A host hears everything beside everything else anyway."""
         return SimulatedMethod(self.method.options(**options), self.index)
 
     def remote(self, *arguments: Any) -> Any:
@@ -142,10 +142,6 @@ class SimulatedReplica(Replica):
 
     def has_room(self) -> bool:
         return True
-
-    def pause(self, call: Call, weights: Publication) -> None:
-        call.pausing = weights
-        self.handle.pause.remote(weights.manifest.version)
 
     def restart(self) -> None:
         raise RuntimeError(f"{self.name} is simulated and does not fail")

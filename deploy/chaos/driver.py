@@ -19,7 +19,7 @@ def audit(session: Session) -> dict[str, Any]:
     manifest = session.learner.publish().manifest
     wait_s = session.config.rollout.deadline_s
     deadline = time.monotonic() + wait_s
-    while session.rollout.serving < session.config.replica_bounds[0] or "loading weights" in _states(session):
+    while session.rollout.serving < session.config.replica_bounds[0] or "loading" in _states(session):
         if time.monotonic() > deadline:
             raise TimeoutError(f"not all replicas came back within {wait_s:.0f} s: {session.rollout.states()}")
         time.sleep(0.2)

@@ -2,8 +2,8 @@
 
 The head takes no actors and every node has room for one replica. Pool, placement groups and autoscaler (the one that
 `ray up` and KubeRay start) are real. Its node provider is Ray's fake one, which starts raylets on this machine, and the
-replicas' engines are simulated: they sleep. `ray.cluster_utils.AutoscalingCluster` would begin with `ray stop`, which
-ends every cluster of the machine. Run in a process of its own; prints one JSON object.
+replicas' engines are simulated: they sleep. `ray.cluster_utils.AutoscalingCluster` begins with `ray stop`, which ends
+every cluster of the machine. Run in a process of its own, with a port for the head and a directory for what was seen.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
-HEAD = "f" * 51 + "0" * 5  # the name by which that provider knows the head
+HEAD, HEAD_TYPE = "f" * 51 + "0" * 5, "ray.head.default"  # the names by which that provider knows the head
 os.environ.update(RAY_enable_autoscaler_v2="1", RAY_FAKE_CLUSTER="1", AUTOSCALER_UPDATE_INTERVAL_S="1")
 
 import ray  # noqa: E402 (reads the environment)
@@ -33,6 +33,7 @@ from deploy.requests import training_requests  # noqa: E402
 from rollout import replica  # noqa: E402
 from rollout.pool import RolloutPool  # noqa: E402
 
+UNUSED = ("setup_commands", "head_setup_commands", "worker_setup_commands", "cluster_synced_files")
 GROUPS, CALL_S, DEADLINE_S = 8, 1.0, 150
 
 
@@ -72,9 +73,10 @@ def autoscaling(port: int) -> dict[str, Any]:
             "disable_node_updaters": True,
             "disable_launch_config_check": True,
         },
-        "head_node_type": "head",
+        "head_node_type": HEAD_TYPE,
+        **{key: [] for key in UNUSED},
         "available_node_types": {
-            "head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+            HEAD_TYPE: {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
             "rollout": rollout,
         },
     }
@@ -136,7 +138,7 @@ def main() -> None:
     )  # fmt: skip
     try:
         ray.init(address=cluster.address, log_to_driver=False, logging_level="warning")
-        print(json.dumps(observe()), flush=True)
+        path.with_name("seen.json").write_text(json.dumps(observe()))
     finally:
         ray.shutdown()
         cluster.shutdown()

@@ -23,11 +23,12 @@ def test_nodes_come_and_go_with_the_replicas() -> None:
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_TMPDIR": str(scratch),
     }
-    script = Path(__file__).with_name("autoscaled_pool.py")
-    process = subprocess.Popen(
-        [sys.executable, str(script), str(free_port()), str(scratch)],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    script, log = Path(__file__).with_name("autoscaled_pool.py"), scratch / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, str(script), str(free_port()), str(scratch)],
+            env=environment, stdout=output, stderr=subprocess.STDOUT,
+        )  # fmt: skip
     mine: set[psutil.Process] = set()
     try:
         while process.poll() is None:  # the test's own timeout bounds the wait
@@ -37,10 +38,8 @@ def test_nodes_come_and_go_with_the_replicas() -> None:
                 process.wait(timeout=1)
             except subprocess.TimeoutExpired:
                 continue
-        output, errors = process.communicate()
-        assert process.returncode == 0, errors[-3000:]
-        seen = json.loads(output.splitlines()[-1])
-        assert seen == {"few": 1, "most": 3, "left": 1, "workers": 3}
+        assert process.returncode == 0, log.read_text()[-3000:]
+        assert json.loads((scratch / "seen.json").read_text()) == {"few": 1, "most": 3, "left": 1, "workers": 3}
     finally:
         process.kill()
         # The fake provider's nodes are children of the autoscaler, which ends without them.

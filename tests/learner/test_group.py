@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import ray
 import torch
@@ -148,6 +149,18 @@ def test_a_lost_rank_a_full_disk_and_another_number_of_ranks(
         assert all((before[key] == after[key]).all() for key in before)
     assert group.update(1, refs, REWARDS)["weights/version"] == 2
     assert group.metrics()["learner/rebuilds"] == 1
+
+    # A rank that hangs is given up at the deadline, by its number, and ended like one that works.
+    pid = ray.get(group.ranks[0].pid.remote())
+    os.kill(pid, signal.SIGSTOP)
+    group.config = config.model_copy(update={"learner": alone.model_copy(update={"deadline_s": 1.0})})
+    with pytest.raises(LostLearnerError, match=r"take: rank 0 did not finish within 1 s \(learner.deadline_s\)"):
+        group.update(2, refs, REWARDS)
+    group.close()
+    deadline = time.monotonic() + 60
+    while psutil.pid_exists(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_what_the_ranks_waited_for_is_said(local_ray: None, config: TrainConfig) -> None:

@@ -33,7 +33,7 @@ from deploy.requests import training_requests
 from rollout.actor import RolloutReplica
 from rollout.batch import Work
 from rollout.pool import Batch, RolloutError, RolloutPool
-from rollout.replica import PAUSE, Call
+from rollout.replica import PAUSE, STATES, Call
 
 DEADLINE_S = 200
 
@@ -272,7 +272,10 @@ def test_replicas_join_and_leave_a_live_pool(
     assert sum(stats.chains for stats in batch.stats) == 12, "no group was made twice"
     until(lambda: len(pool.replicas) == 1)
     assert pool.states() == {pool.replicas[0].name: "idle"}
-    assert pool.metrics()["rollout/replicas_wanted"] == 1
+    until(lambda: pool.metrics()["rollout/idle"] == 1)
+    metrics = pool.metrics()
+    assert metrics["rollout/replicas_wanted"] == 1
+    assert sum(metrics[f"rollout/{state}"] for state in STATES) == 1
 
 
 def test_groups_that_are_there_are_not_made_again(pool: RolloutPool, config: TrainConfig) -> None:

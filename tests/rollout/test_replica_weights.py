@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -73,6 +74,21 @@ def test_a_paused_call_goes_on_with_the_version_it_was_paused_for(
     assert stats.version == 1 and stats.tokens == sum(len(chain.text.ids) for chain in group.chains)
     replica.pause(2)
     assert replica.generate([REQUEST])[0].version == 2, "late word of a version that is held already pauses nothing"
+
+
+def test_what_can_be_paused_draws_the_same_chains_on_a_thread_of_its_own(
+    replica: RolloutReplica, versions: tuple[Version, Version], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray calls an actor that hears of pauses on another thread than built it."""
+    with ThreadPoolExecutor(1) as thread:
+        for version in versions:
+            thread.submit(replica.load_weights, *version).result()
+        there = thread.submit(replica.generate, [REQUEST]).result()[1]
+    monkeypatch.setattr(replica, "config", replica.config.model_copy(update={"max_staleness": 0}))
+    here = replica.generate([REQUEST])[1]
+    for a, b in zip(there.chains, here.chains, strict=True):
+        assert np.array_equal(a.text.ids, b.text.ids) and np.array_equal(a.text.logprobs, b.text.logprobs)
+        assert np.array_equal(a.image.x_next, b.image.x_next) and np.array_equal(a.image.pixels, b.image.pixels)
 
 
 def test_a_damaged_buffer_is_refused_by_name_and_mended_by_the_next_load(
