@@ -59,7 +59,7 @@ def evaluate(session: EvaluationSession, step: int) -> dict[str, Any]:
     def read() -> tuple[Scored, list[list[dict[str, Any]]]]:
         tickets: dict[int, Ticket] = {}
         for place, ref in batch.arrivals(config.rollout.deadline_s):
-            tickets[place] = session.rewards.start(ref, batch.sizes[place])
+            tickets[place] = session.rewards.start(ref, batch.size(place))
         scored = session.rewards.finish([tickets[place] for place in range(len(tickets))])
         details = describe.remote(batch.refs, [prompt.id in shown for prompt in session.heldout])
         try:

@@ -33,7 +33,9 @@ class InFlight:
         config, newest = self._session.config, max(self._batches, default=step - 1)
         for later in range(newest + 1, min(step + config.max_staleness, config.steps - 1) + 1):
             requests = training_requests(config, self._session.order, later)
-            self._batches[later] = self._session.rollout.submit(requests, self._kept(later, requests))
+            kept = self._kept(later, requests)
+            # Scored as they come, though their step may not have begun.
+            self._batches[later] = self._session.rollout.submit(requests, kept, self._session.rewards.start)
         return self._batches.pop(step)
 
     def finished(self) -> dict[int, list[ray.ObjectRef]]:

@@ -80,7 +80,9 @@ def learn(session: Session, step: int, batch: Batch, clock: Clock) -> tuple[Scor
     """Scores a step's groups as they arrive, then updates. Groups that are staler than allowed are left out."""
     with clock("rollout"):
         arrivals = batch.arrivals(session.config.rollout.deadline_s)
-        tickets = dict(sorted((place, session.rewards.start(ref, batch.sizes[place])) for place, ref in arrivals))
+        # Scoring has begun, but for groups that were scored before and are again.
+        begun = ((i, batch.begun.pop(i, None) or session.rewards.start(ref, batch.size(i))) for i, ref in arrivals)
+        tickets = dict(sorted(begun))
     with clock("reward"):
         scored = session.rewards.finish(list(tickets.values()))
     scored, refilled = refill(session, step, batch, scored)

@@ -37,7 +37,7 @@ def refill(session: Session, step: int, batch: Batch, scored: Scored) -> tuple[S
             break
         fresh = session.rollout.submit(list(requests.values()))
         arrivals = fresh.arrivals(config.rollout.deadline_s)
-        tickets = dict(sorted((place, session.rewards.start(ref, fresh.sizes[place])) for place, ref in arrivals))
+        tickets = dict(sorted((place, session.rewards.start(ref, fresh.size(place))) for place, ref in arrivals))
         scored = scored.replaced(list(requests), session.rewards.finish(list(tickets.values())))
         batch.adopt(list(requests), fresh)
         replaced += len(requests)

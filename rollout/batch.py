@@ -6,6 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from common.config import ConfigError
 from common.types import RolloutRequest, RolloutStats
 
 LOST_AFTER_S = 300.0
+FollowUp = Callable[[ray.ObjectRef, int], Any]
 
 
 class RolloutError(RuntimeError):
@@ -39,14 +41,17 @@ class Work:
 class Batch:
     """Filled as replicas finish. groups: a reference per request, None while it is being made; versions: the weight
     version of each; arrived: positions of groups that `arrivals` has not yielded yet; stalled: says why none comes, if
-    its maker knows."""
+    its maker knows; follow_up: begins what is next for a finished group of so many chains, while others are made and
+    nobody has asked for it yet; begun: what that returned, by position."""
 
     requests: list[RolloutRequest]
     stalled: Callable[[], Exception | None] = lambda: None
+    follow_up: FollowUp | None = None
     groups: list[ray.ObjectRef | None] = field(init=False)
     versions: list[int] = field(init=False)
     stats: list[RolloutStats] = field(default_factory=list)
     arrived: deque[int] = field(default_factory=deque)
+    begun: dict[int, Any] = field(default_factory=dict)
     error: Exception | None = None
     cancelled: bool = False
     started: float = field(default_factory=time.monotonic)
@@ -57,10 +62,9 @@ class Batch:
         self.groups = [None] * len(self.requests)
         self.versions = [-1] * len(self.requests)
 
-    @property
-    def sizes(self) -> list[int]:
-        """Chains of each group."""
-        return [len(request.seeds) for request in self.requests]
+    def size(self, place: int) -> int:
+        """Chains of a group."""
+        return len(self.requests[place].seeds)
 
     @property
     def refs(self) -> list[ray.ObjectRef]:
@@ -78,6 +82,10 @@ class Batch:
         with self.changed:
             for place, ref in zip(places, refs, strict=True):
                 self.groups[place], self.versions[place] = ref, stats.version
+                if self.follow_up and not self.cancelled:
+                    # Whoever asks for the group begins it again then, and hears of the error.
+                    with suppress(RuntimeError, ConfigError):
+                        self.begun[place] = self.follow_up(ref, self.size(place))
             self.arrived.extend(places)
             self.stats.append(stats)
             self.finished = time.monotonic()

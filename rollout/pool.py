@@ -23,7 +23,7 @@ from common.events import event
 from common.timeline import span
 from common.transport import Publication, TransportError
 from common.types import RolloutRequest, RolloutStats
-from rollout.batch import Batch, RolloutError, Work
+from rollout.batch import Batch, FollowUp, RolloutError, Work
 from rollout.replica import STATES, Call, Replica
 from rollout.scaling import first_to_go, wanted
 
@@ -153,10 +153,14 @@ class RolloutPool:
         return seconds
 
     def submit(
-        self, requests: list[RolloutRequest], kept: Mapping[int, tuple[ray.ObjectRef, RolloutStats]] | None = None
+        self,
+        requests: list[RolloutRequest],
+        kept: Mapping[int, tuple[ray.ObjectRef, RolloutStats]] | None = None,
+        follow_up: FollowUp | None = None,
     ) -> Batch:
-        """Queues groups; returns at once. kept: groups that are there already, by their place."""
-        batch = Batch(requests, self._stalled)
+        """Queues groups; returns at once. kept: groups that are there already, by their place; follow_up: see `Batch`,
+        must not block."""
+        batch = Batch(requests, self._stalled, follow_up)
         for place, (ref, stats) in (kept or {}).items():
             batch.finish([place], [ref], stats)
         self._enqueue(batch, [place for place in range(len(requests)) if place not in (kept or {})])

@@ -27,9 +27,10 @@ from rewards.pool import Scored
 from rollout.batch import Batch
 
 
-def batch_of(versions: list[int]) -> Batch:
+def batch_of(versions: list[int], follow_up: Any = None) -> Batch:
     """A group of two chains from each version."""
-    batch = Batch([RolloutRequest(Prompt(str(i), "p", {}), 5, (0, 1), None, 2) for i in range(len(versions))])
+    requests = [RolloutRequest(Prompt(str(i), "p", {}), 5, (0, 1), None, 2) for i in range(len(versions))]
+    batch = Batch(requests, follow_up=follow_up)
     for place, version in enumerate(versions):
         batch.finish([place], [f"group {place}"], RolloutStats(version, 2, 0, 0.0, 0.0, 0.0))
     return batch
@@ -39,6 +40,17 @@ def batch_of(versions: list[int]) -> Batch:
 def test_groups_that_are_too_stale_are_left_out_and_counted(bound: int, left_out: list[int]) -> None:
     scored = Scored(np.ones((3, 2)), {}, {}, 0, 0, 0.0)
     given: list[Any] = []
+    started: list[Any] = []
+
+    def start(ref: str, size: int) -> str:
+        started.append((ref, size))
+        if started == [("group 0", 2)]:
+            raise RuntimeError("the scorer has lost its actors")  # heard by whoever waits for the score, not here
+        return f"score of {ref}"
+
+    def finish(tickets: list[str]) -> Scored:
+        assert tickets == ["score of group 0", "score of group 1", "score of group 2"]
+        return scored
 
     def update(step: int, refs: list[str], rewards: np.ndarray) -> dict[str, float]:
         given.append((step, refs, rewards))
@@ -52,10 +64,13 @@ def test_groups_that_are_too_stale_are_left_out_and_counted(bound: int, left_out
             objective=SimpleNamespace(reward_normalisation="none"),
         ),
         version=5,
-        rewards=SimpleNamespace(start=lambda ref, size: ref, finish=lambda tickets: scored),
+        rewards=SimpleNamespace(start=start, finish=finish),
         learner=SimpleNamespace(update=update),
     )
-    _, metrics = learn(session, 5, batch_of([3, 4, 5]), Clock())
+    batch = batch_of([3, 4, 5], follow_up=start)
+    assert started == [(f"group {i}", 2) for i in range(3)], "each is scored once it is there"
+    _, metrics = learn(session, 5, batch, Clock())
+    assert started[3:] == [("group 0", 2)], "and no other is twice"
     ((step, refs, rewards),) = given
     assert (step, refs) == (5, ["group 0", "group 1", "group 2"])
     assert sorted(set(np.nonzero(np.isnan(rewards))[0])) == left_out
@@ -73,9 +88,10 @@ def test_groups_that_a_checkpoint_kept_are_not_asked_for_again(tmp_path: Path) -
     )
     run, order = RunDirectory(tmp_path), PromptOrder([Prompt(str(i), f"p {i}", {}) for i in range(40)], 3, 0)
     asked: list[Any] = []
+    scored: list[Any] = []
 
-    def submit(requests: list[RolloutRequest], kept: dict[int, Any]) -> Batch:
-        batch = Batch(requests)
+    def submit(requests: list[RolloutRequest], kept: dict[int, Any], score: Any) -> Batch:
+        batch = Batch(requests, follow_up=score)
         for place, (ref, stats) in kept.items():
             batch.finish([place], [ref], stats)
         asked.append(
@@ -87,8 +103,10 @@ def test_groups_that_a_checkpoint_kept_are_not_asked_for_again(tmp_path: Path) -
 
     def begin(config: TrainConfig, first: int) -> InFlight:
         asked.clear()
-        rollout = SimpleNamespace(submit=submit)
-        return InFlight(SimpleNamespace(config=config, run=run, order=order, rollout=rollout, learner=learner), first)  # type: ignore[arg-type]
+        rollout, rewards = SimpleNamespace(submit=submit), SimpleNamespace(start=lambda ref, size: scored.append(ref))
+        session: Any = SimpleNamespace(config=config, run=run, order=order, rollout=rollout, rewards=rewards)
+        session.learner = learner
+        return InFlight(session, first)
 
     calm = begin(config, 0)
     assert calm.take(0).requests == training_requests(config, order, 0)
@@ -102,7 +120,7 @@ def test_groups_that_a_checkpoint_kept_are_not_asked_for_again(tmp_path: Path) -
     gone_on = begin(config, 2)
     gone_on.take(2)
     assert asked == [(2, {}), (3, {1: ("step-000003 0", 1, 4), 2: ("step-000003 1", 1, 4)}), (4, {})]
-    assert gone_on.finished() == {3: ["step-000003 0", "step-000003 1"]}
+    assert gone_on.finished() == {3: ["step-000003 0", "step-000003 1"]} and scored == gone_on.finished()[3]
 
     warmer = config.model_copy(update={"sampling": config.sampling.model_copy(update={"temperature": 0.5})})
     begin(warmer, 2).take(2)
