@@ -12,6 +12,7 @@ import os
 import sys
 import tempfile
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -85,7 +86,7 @@ def measure_simulated(staleness: int) -> dict[str, float]:
 
 def measure(staleness: int, steps: int) -> list[dict[str, Any]]:
     """The metrics of every step of a short run of the default recipe."""
-    with tempfile.TemporaryDirectory() as runs:
+    with tempfile.TemporaryDirectory() as runs, redirect_stdout(sys.stderr):
         # A core for the replica and one for the learner, so that there is something to overlap.
         overrides = ["rollout.replicas=1", "learner.ranks=1", "rollout.groups_per_call=2", "evaluation.prompts=7"]
         run = [f"steps={steps}", f"runs_dir={runs}", f"run_name=overlap-{staleness}", f"max_staleness={staleness}"]
