@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,11 +90,10 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Script:
     return Script()
 
 
-@pytest.fixture
-def pool(script: Script) -> Any:
+def scripted_pool(scripts: list[Script]) -> RolloutPool:
     class Scripted(Replica):
         def start(self, config: TrainConfig) -> Any:
-            return script
+            return scripts[int(self.name.removeprefix("rollout-"))]
 
         def has_room(self) -> bool:
             return True
@@ -104,9 +104,15 @@ def pool(script: Script) -> Any:
         def end(self) -> None:
             pass
 
-    options = ["rollout.replicas=1", "rollout.groups_per_call=2", "max_staleness=1"]
+    options = [f"rollout.replicas={len(scripts)}", "rollout.groups_per_call=2", "max_staleness=1"]
     pool = RolloutPool(load_config("shapes", options), replica_type=Scripted)
     pool.wait_ready()
+    return pool
+
+
+@pytest.fixture
+def pool(script: Script) -> Any:
+    pool = scripted_pool([script])
     yield pool
     pool.close()
 
@@ -151,3 +157,30 @@ def test_paused_work_that_nobody_wants_is_forgotten(pool: RolloutPool, script: S
     assert script.heard[-1] == ("load", 8) and pool.continued_groups == 0
     pool.submit(REQUESTS)
     assert script.generating.acquire(timeout=DEADLINE_S) and script.heard[-1] == ("generate", None)
+
+
+def test_a_transfer_that_all_take_part_in_begins_when_the_last_is_free(script: Script) -> None:
+    taken: list[int] = []
+
+    class Together(ObjectStorePublication):
+        together = True
+
+        def tickets(self, replicas: int) -> list[Any]:
+            taken.append(replicas)
+            return ["ticket"] * replicas
+
+    scripts = [script, Script(), Script()]
+    pool = scripted_pool(scripts)
+    try:
+        pool.sync(version(7))
+        pool.submit(REQUESTS)
+        deadline = time.monotonic() + DEADLINE_S
+        while not (busy := [s for s in scripts if s.under_way]):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        pool.sync(Together(version(8).manifest, []))
+    finally:
+        pool.close()
+    assert taken == [3], "those that were free have waited for the one that was paused"
+    assert [("pause", 8) in s.heard for s in scripts] == [s is busy[0] for s in scripts]
+    assert all(("load", 8) in s.heard for s in scripts)
