@@ -15,6 +15,8 @@ from common.recipe import load_config
 from common.rundir import RunDirectory
 
 RUNS = "runs/reproduction"
+SCORING = {"name", "weight", "options"}
+"""What makes a scorer's scores; the rest is how many actors it has and how long one waits for them."""
 LEARNED_REWARD = "common/shapes/data/learned.safetensors"
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 """GenEval's tasks in the paper's order. `reasoning`, the riddles, is the shapes task's own."""
@@ -141,6 +143,11 @@ def _matters(config: TrainConfig) -> dict[str, Any]:
         told.pop(name, None)
     lora = told.pop("learner", {}).get("lora")
     model = {name: value for name, value in told.pop("model", {}).items() if name != "path"}
+    rewards = [scorer.model_dump(include=SCORING) for scorer in config.rewards]
+    usual = TrainConfig.model_fields["rewards"].get_default(call_default_factory=True)
+    told.pop("rewards", None)
+    if rewards != [scorer.model_dump(include=SCORING) for scorer in usual]:
+        told["rewards"] = rewards
     return {**told, "model": model, "lora": lora, "dtypes": [config.learner.dtype, config.rollout.dtype]}
 
 

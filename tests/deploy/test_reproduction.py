@@ -156,7 +156,8 @@ def test_a_stale_cell_is_named_not_counted_and_run_again(plan: Plan) -> None:
     ):
         assert set(read_cells(replace(plan, **changes)).stale.values()) == {stale}
         assert stages(replace(plan, **changes), "unigrpo", 0)[0].runs_dir != stages(plan, "unigrpo", 0)[0].runs_dir
-    assert read_cells(replace(plan, overrides=("rollout.replicas=1", "learner.ranks=1"))).stale == {}
+    fewer = ("rollout.replicas=1", "learner.ranks=1", 'rewards=[{"name": "shapes", "replicas": 1}]')
+    assert read_cells(replace(plan, overrides=fewer)).stale == {}
     (plan.out / "cells" / "odd.json").write_text("{")
     with pytest.raises(ConfigError, match=r"odd\.json is not a cell .*remove it"):
         read_cells(plan)
