@@ -30,6 +30,10 @@ def thread_env(cpus: float) -> dict[str, str]:
         "OPENBLAS_NUM_THREADS": threads,
         "NUMEXPR_MAX_THREADS": threads,
         "OMP_WAIT_POLICY": "PASSIVE",
+        # Every packed batch has shapes of its own; oneDNN and ideep keep the kernel of each bf16 product, by default
+        # a thousand, which is gigabytes after some hundred steps.
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
+        "LRU_CACHE_CAPACITY": "128",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
     }
