@@ -1,17 +1,15 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) by peft: what is trained, and the plain weights that everyone else sees.
+"""Low-rank adapters (LoRA, arXiv 2106.09685) by peft: what is trained, and the plain weights that other programs see.
 
-Only the learner knows of adapters. Published weights and checkpoints hold W + alpha / rank B A under the layer's own
-name, so that rollout, vLLM and other programs load them as any other.
+Learner and denoiser hold them as adapters, so only A and B travel. vLLM and checkpoints get W + alpha / rank B A under
+the layer's own name, as they would load any other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from common.config import ConfigError, Lora
@@ -55,57 +53,21 @@ def adapted(policy: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-@dataclass(frozen=True)
-class Published:
-    """A weight as everyone but the learner sees it. parts: the parameter itself, or W, A and B of an adapted layer,
-    whose update is scaled."""
-
-    parts: tuple[nn.Parameter, ...]
-    scale: float = 0.0
-
-    @property
-    def trained(self) -> bool:
-        return any(part.requires_grad for part in self.parts)
-
-    @torch.no_grad()
-    def value(self) -> Tensor:
-        """The parameter, or W + alpha / rank B A."""
-        return _merged(*self.parts, self.scale) if len(self.parts) == 3 else self.parts[0]
-
-
-def published(policy: nn.Module) -> dict[str, Published]:
-    """All weights of a policy under the names they have without adapters."""
-    layers = {
-        f"{name}.weight": Published(
-            (layer.base_layer.weight, layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight),
-            layer.scaling[ADAPTER],
-        )
-        for name, layer in adapted(policy)
-    }
-    plain = {_plain(name): Published((p,)) for name, p in policy.named_parameters() if ".lora_" not in name}
-    return plain | layers
-
-
-def _plain(name: str) -> str:
-    return name.replace(".base_layer.", ".")
-
-
-def _merged(base: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
-    return (base.float() + scale * (up.float() @ down.float())).to(base.dtype)
-
-
-def merged_weights(policy: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """(name, W + alpha / rank B A) of every layer with an adapter, of weights by the policy's names; in W's dtype."""
-    for name, layer in adapted(policy):
-        down, up = (weights[f"{name}.lora_{part}.{ADAPTER}.weight"].detach() for part in "AB")
-        base = weights[f"{name}.base_layer.weight"].detach()
-        yield f"{name}.weight", _merged(base, down, up, layer.scaling[ADAPTER])
-
-
-def plain_weights(policy: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All weights under the names they have without adapters, these merged; the same dict if there are none."""
-    own = {_plain(name): tensor for name, tensor in weights.items() if ".lora_" not in name}
-    return own | dict(merged_weights(policy, weights))
+def plain_weights(policy: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Weights of a policy under the names they have without adapters, an adapted layer's as W + alpha / rank B A in W's
+    dtype. weights: any of the policy's, by its own names; of an adapted layer A and B, too."""
+    scales = {name: layer.scaling[ADAPTER] for name, layer in adapted(policy)}
+    for name, tensor in weights.items():
+        layer, inside, leaf = name.rpartition(".base_layer.")
+        if not inside:
+            if ".lora_" not in name:
+                yield name, tensor
+        elif leaf == "weight":
+            down, up = (weights[f"{layer}.lora_{part}.{ADAPTER}.weight"].detach() for part in "AB")
+            update = scales[layer] * (up.float() @ down.float())
+            yield f"{layer}.{leaf}", (tensor.detach().float() + update).to(tensor.dtype)
+        else:
+            yield f"{layer}.{leaf}", tensor
 
 
 def reference_of(policy: Policy) -> Callable[..., PolicyOutput]:

@@ -92,7 +92,7 @@ class Policy(nn.Module, ABC):
 
     @abstractmethod
     def reasoning_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """What the reasoning engine loads, under its names; a tied head comes once."""
+        """What the reasoning engine loads, under its names, adapters merged; a tied head comes once."""
 
 
 @dataclass(frozen=True)

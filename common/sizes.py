@@ -27,24 +27,20 @@ class ChainShape:
 
 @dataclass(frozen=True)
 class Counts:
-    """Parameters of a policy: all of them, those that a learner rank holds (adapters too), those that are trained by
-    role, those that are published after an update."""
+    """Parameters of a policy: all of them, those that a learner rank holds (adapters too), and those that are trained,
+    and published after an update, by role."""
 
     policy: int
     held: int
     trainable: dict[str, int]
-    published: int
 
     @classmethod
     def of(cls, plain: Policy, trained: Policy) -> Counts:
         """plain: the policy; trained: the same as a learner trains it."""
-        from common.lora import published
-
         return cls(
             sum(p.numel() for p in plain.parameters()),
             sum(p.numel() for p in trained.parameters()),
             {role: sum(p.numel() for _, p in pairs) for role, pairs in trained.parameter_groups().items()},
-            sum(weight.parts[0].numel() for weight in published(trained).values() if weight.trained),
         )
 
 

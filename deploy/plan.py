@@ -167,10 +167,11 @@ class StepTime:
 
 def step_time(config: TrainConfig, sizes: Sizes, device: Device, tokens: int | None = None) -> StepTime:
     """tokens: mean length of the reasoning; without it every reasoning is as long as allowed."""
+    published = sum(sizes.counts.trainable.values()) * number_bytes(config.rollout.dtype)
     return StepTime(
         *_rollout_time(config, sizes, device, tokens),
         _update_time(config, sizes, device, tokens),
-        sizes.counts.published * number_bytes(config.rollout.dtype) / (device.link_gbs * GB * READ_EFFICIENCY),
+        published / (device.link_gbs * GB * READ_EFFICIENCY),
         config.max_staleness > 0,
     )
 

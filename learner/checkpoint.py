@@ -84,7 +84,7 @@ def _write_files(
         write_groups(in_flight_file(aside, step), groups, unscored, {}, unscored, latents=True)
     # Masters rather than compute weights: a bf16 policy is saved without rounding.
     masters = {k.removeprefix("master."): v for k, v in optimizer.items() if k.startswith("master.")}
-    opened.save(aside / "policy", plain_weights(opened.policy, {**weights, **masters}))
+    opened.save(aside / "policy", dict(plain_weights(opened.policy, {**weights, **masters})))
     save_file(optimizer, aside / "optimizer.safetensors")
     (aside / "state.json").write_text(json.dumps(state, indent=2))
     files = sorted(p for p in aside.rglob("*") if p.is_file())

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from common.lora import published
 from common.types import WeightBucket, WeightManifest
 from common.weights import nbytes, pack, plan
 from learner.engine import Engine
@@ -16,16 +15,16 @@ from learner.engine import Engine
 class Publisher:
     """Every rank iterates in step, since gathering a bucket's shards is a collective; rank 0 gets the bytes.
 
-    Frozen tensors have buckets of their own, which are read once; so with adapters on a frozen base, only the layers
-    that have one, merged, are gathered, hashed and sent after the first version.
+    Frozen tensors have buckets of their own, which are read once; so with adapters on a frozen base, only the adapters
+    are gathered, hashed and sent after the first version.
     """
 
     def __init__(self, engine: Engine, dtype: str, bucket_mb: int, rank: int) -> None:
         self.engine, self.dtype, self.rank = engine, getattr(torch, dtype), rank
         self.manifest: WeightManifest | None = None
-        self._weights = published(engine.module)
-        shapes = {name: engine.shape(weight.parts[0]) for name, weight in self._weights.items()}
-        trained = {name: shape for name, shape in shapes.items() if self._weights[name].trained}
+        self._weights = dict(engine.module.named_parameters())
+        shapes = {name: engine.shape(weight) for name, weight in self._weights.items()}
+        trained = {name: shape for name, shape in shapes.items() if self._weights[name].requires_grad}
         frozen = {name: shape for name, shape in shapes.items() if name not in trained}
         learned = plan(trained, self.dtype, bucket_mb << 20)
         self._trained, self._plan = len(learned), learned + plan(frozen, self.dtype, bucket_mb << 20)
@@ -53,12 +52,11 @@ class Publisher:
 
     def _pack(self, names: list[str]) -> tuple[WeightBucket, Tensor]:
         weights = [self._weights[name] for name in names]
-        with self.engine.gathered([part for weight in weights for part in weight.parts]):
+        with self.engine.gathered(weights):
             if self.rank:
                 return WeightBucket((), (), ()), self._scratch
-            shapes = tuple(self.engine.shape(weight.parts[0]) for weight in weights)
+            shapes = tuple(self.engine.shape(weight) for weight in weights)
             need = nbytes(WeightBucket(tuple(names), shapes, ()), self.dtype)
             if len(self._scratch) < need:
-                self._scratch = torch.empty(need, dtype=torch.uint8, device=weights[0].parts[0].device)
-            merged = ((name, weight.value()) for name, weight in zip(names, weights, strict=True))
-            return pack(merged, self.dtype, self._scratch)
+                self._scratch = torch.empty(need, dtype=torch.uint8, device=weights[0].device)
+            return pack(zip(names, weights, strict=True), self.dtype, self._scratch)

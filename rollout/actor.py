@@ -14,6 +14,7 @@ import torch
 from common.actors import building
 from common.bagel.text import system_prompt
 from common.config import TrainConfig
+from common.lora import add_adapters
 from common.policy import Guidance, open_policy
 from common.transport import receiver
 from common.types import Chain, Group, ImageSegment, RolloutRequest, RolloutStats, TextSegment, WeightManifest
@@ -53,6 +54,8 @@ class RolloutReplica:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = getattr(torch, self.dtype)
         self.checkpoint = open_policy(config.model, dtype, device, frozen=dtype)
+        if config.learner.lora:
+            add_adapters(self.checkpoint.policy, config.learner.lora)
         self.checkpoint.policy.eval()
         self.checkpoint.policy.keep_for_drawing()
         sampling = config.sampling
@@ -130,7 +133,9 @@ class RolloutReplica:
         """
         policy, dtype = self.checkpoint.policy, getattr(torch, manifest.dtype)
         weights = policy.state_dict()
-        before, self.held, self.mixed = self.held, None, True
+        # Of what it was built from, or of a load that failed, it keeps what is as published.
+        before = self.held or self._holding(manifest)
+        self.held, self.mixed = None, True
         for index, flat in self.receiver.receive(manifest, before, ticket):
             for name, tensor in unpack(manifest.buckets[index], flat, dtype):
                 weights[name].copy_(tensor)

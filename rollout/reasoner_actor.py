@@ -103,13 +103,10 @@ class RemoteReasoner:
         prompts: list[list[int]],
         seeds: list[int],
         *,
-        max_tokens: int,
-        temperature: float = 1.0,
-        begun: list[Completion] | None = None,
         paused: Callable[[], bool] | None = None,
+        **how: Any,
     ) -> list[Completion]:
         """See `Reasoner.generate`."""
-        how = {"max_tokens": max_tokens, "temperature": temperature, "begun": begun}
         call = self.handle.generate.remote(prompts, seeds, paused is not None, **how)
         while paused and not ray.wait([call], timeout=POLL_S)[0]:
             if paused():

@@ -18,6 +18,7 @@ from common.bagel.config import BagelConfig, LLMConfig
 from common.bagel.decoder import Context, Decoder, Packing
 from common.bagel.vit import MLP, VisionTower
 from common.config import Cfg
+from common.lora import plain_weights
 from common.policy import Policy, PolicyOutput
 
 if TYPE_CHECKING:
@@ -248,12 +249,10 @@ class BagelPolicy(Policy):
 
     def reasoning_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The understanding half as a plain decoder: what the reasoning engine loads. A tied head comes once."""
-        tied = self.config.llm_config.tie_word_embeddings
-        for name, tensor in self.state_dict().items():
-            if tied and name == "language_model.lm_head.weight":
-                continue
-            if name.startswith("language_model.") and "_moe_gen" not in name:
-                yield name.removeprefix("language_model."), tensor
+        weights = {name: w for name, w in self.language_model.state_dict().items() if "_moe_gen" not in name}
+        if self.config.llm_config.tie_word_embeddings:
+            del weights["lm_head.weight"]
+        yield from plain_weights(self.language_model, weights)
 
 
 def pixels_to_tokens(vae: AutoencoderKL, config: BagelConfig, images: Tensor) -> Tensor:

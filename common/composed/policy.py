@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.composed.family import Conditioning, Family
+from common.lora import plain_weights
 from common.policy import Policy, PolicyOutput
 
 
@@ -105,7 +106,7 @@ class ComposedPolicy(Policy):
 
     def reasoning_weights(self) -> Iterator[tuple[str, Tensor]]:
         # Parameters rather than the state, which names a tied head, too.
-        yield from self.reasoner.named_parameters()
+        yield from plain_weights(self.reasoner, dict(self.reasoner.named_parameters()))
 
 
 def score_logits(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:

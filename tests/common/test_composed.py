@@ -205,11 +205,14 @@ def test_adapters_start_without_effect_and_merge_into_plain_weights(tiny_models:
                 parameter.normal_(std=0.3)
     after = policy.token_logprobs(text)[0], velocity(opened, x, 0.5, PROMPTS[:1], size)
     assert all((a - b).abs().max() > 1e-3 for a, b in zip(after, before, strict=True))
-    plain = lora.plain_weights(policy, policy.state_dict())
+    plain = dict(lora.plain_weights(policy, policy.state_dict()))
     assert plain.keys() == names
     fresh = open_policy(model(tiny_models, "qwen_image"))
     changed = {name for name, tensor in fresh.policy.state_dict().items() if not torch.equal(tensor, plain[name])}
-    assert changed == {name for name, _ in lora.merged_weights(policy, policy.state_dict())}
+    assert changed == {f"{name}.weight" for name, _ in lora.adapted(policy)}
+    reasoning = dict(policy.reasoning_weights())
+    assert reasoning.keys() == dict(fresh.policy.reasoning_weights()).keys()
+    assert all(torch.equal(tensor, plain[f"reasoner.{name}"]) for name, tensor in reasoning.items())
     fresh.policy.load_state_dict(plain)
     close(fresh.policy.token_logprobs(text)[0], after[0], atol=1e-5)
     close(velocity(fresh, x, 0.5, PROMPTS[:1], size), after[1], atol=1e-5)
@@ -229,10 +232,12 @@ def test_adapters_of_bagel_are_in_both_experts_and_merge_into_its_own_names() ->
     with torch.no_grad():
         for _, parameter in [*groups["reasoning"], *groups["denoising"]]:
             parameter.normal_(std=0.1)
-    after, plain = policy.token_logprobs(text)[0], lora.plain_weights(policy, policy.state_dict())
+    after, plain = policy.token_logprobs(text)[0], dict(lora.plain_weights(policy, policy.state_dict()))
     assert plain.keys() == names and (after - before).abs().max() > 1e-3
     fresh = open_policy(Model(path=str(CHECKPOINT))).policy
     fresh.load_state_dict(plain)
+    reasoning = dict(policy.reasoning_weights())
+    assert all(torch.equal(tensor, reasoning.pop(name)) for name, tensor in fresh.reasoning_weights()) and not reasoning
     close(fresh.token_logprobs(text)[0], after, atol=1e-4)
 
 

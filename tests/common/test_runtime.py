@@ -57,7 +57,7 @@ def test_an_actor_on_a_node_with_other_releases_is_not_built(monkeypatch: pytest
 
 
 def test_products_of_ever_new_shapes_leave_no_memory_behind() -> None:
-    """Every step's batches have shapes of their own; where the CPU multiplies bf16, each left a kernel in a cache."""
+    """Every step's batches have shapes of their own; where the CPU multiplies bf16, each leaves a kernel in caches."""
     command = [sys.executable, "-c", PRODUCTS]
     done = subprocess.run(command, env=os.environ | thread_env(1), capture_output=True, text=True, check=True)
     assert int(done.stdout) < 30, "megabytes more after 300 shapes"

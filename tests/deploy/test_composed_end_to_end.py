@@ -106,7 +106,8 @@ def test_one_training_step(
         with learners(config) as group:
             group.wait_ready()
             pool.wait_ready()
-            pool.sync(group.publish())  # refused unless vLLM answers as the published weights do
+            first = group.publish()
+            pool.sync(first)  # refused unless vLLM answers as the published weights do
             refs, groups = draw(pool, config, 0)
             metrics = group.update(0, refs, redness(groups))
             assert metrics["text/ratio_mean"] == metrics["image/ratio_mean"] == 1.0
@@ -115,6 +116,8 @@ def test_one_training_step(
             assert metrics["grad_norm/reasoning"] > 0 and metrics["grad_norm/denoising"] > 0
             publication = group.publish()
             assert publication.manifest.version == 1
+            sent = [publication.manifest.buckets[i] for i in publication.manifest.changed_since(first.manifest)]
+            assert all(".lora_" in name for bucket in sent for name in bucket.names) == ("lora" in learner)
             pool.sync(publication)
             group.save(run.checkpoint(1), {"step": 1})
             group.saved()

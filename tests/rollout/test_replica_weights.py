@@ -11,6 +11,7 @@ import ray
 import torch
 from published import publish
 
+from common.lora import add_adapters, plain_weights
 from common.policy import open_policy
 from common.recipe import load_config
 from common.types import Prompt, RolloutRequest, WeightManifest
@@ -94,14 +95,40 @@ def test_what_can_be_paused_draws_the_same_chains_on_a_thread_of_its_own(
 def test_a_damaged_buffer_is_refused_by_name_and_mended_by_the_next_load(
     replica: RolloutReplica, versions: tuple[Version, Version]
 ) -> None:
-    manifest, buffers = versions[0]
-    place = len(buffers) // 2
+    (manifest, buffers), other = versions
+    (place,) = manifest.changed_since(other[0])
     damaged = np.array(ray.get(buffers[place]))
     damaged[-9] ^= 1
-    replica.held = None
+    replica.load_weights(*other)
     with pytest.raises(RuntimeError, match=f"version 1: .* not hold {manifest.buckets[place].names[-1]} as it was"):
         replica.load_weights(manifest, [*buffers[:place], ray.put(damaged), *buffers[place + 1 :]])
     with pytest.raises(RuntimeError, match="may hold a mixture"):
         replica.generate([REQUEST])
     assert replica.load_weights(manifest, buffers) == manifest.checksum
     replica.generate([REQUEST])
+
+
+def test_with_adapters_these_alone_are_fetched_and_draw_as_the_merged_weights_do(local_ray: None) -> None:
+    """A replica has the frozen base from the checkpoint it is built from."""
+    config = load_config("flowgrpo", ["rollout.dtype=float32", "learner.lora={rank: 2}"])
+    policy = open_policy(config.model, torch.float32, "cpu").policy
+    add_adapters(policy, config.learner.lora)
+    torch.manual_seed(0)
+    trained = {name: torch.randn_like(p) / 9 for name, p in policy.named_parameters() if p.requires_grad}
+    policy.load_state_dict(trained, strict=False)
+    manifest, buffers = publish(dict(policy.named_parameters()), 1, limit=1 << 12)
+    needed = [i for i, bucket in enumerate(manifest.buckets) if trained.keys() & set(bucket.names)]
+    assert 0 < len(needed) < len(buffers) / 2
+    replica = RolloutReplica(config)
+    fetched = [ref if place in needed else None for place, ref in enumerate(buffers)]
+    assert replica.load_weights(manifest, fetched) == manifest.checksum == replica.checksum(manifest)
+
+    drawn = replica.generate([REQUEST])[1]
+    merged = dict(plain_weights(policy, policy.state_dict()))
+    plain = RolloutReplica(load_config("flowgrpo", ["rollout.dtype=float32"]))
+    before = plain.generate([REQUEST])[1]
+    plain.load_weights(*publish(merged, 1))
+    after = plain.generate([REQUEST])[1]
+    for with_adapters, start, wanted in zip(drawn.chains, before.chains, after.chains, strict=True):
+        close = np.abs(with_adapters.image.pixels.astype(int) - wanted.image.pixels).max()
+        assert close <= 1 < np.abs(start.image.pixels.astype(int) - wanted.image.pixels).max()
