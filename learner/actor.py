@@ -88,7 +88,6 @@ class LearnerRank:
         self.updater = ReFLUpdater(self.checkpoint, *parts) if config.algorithm == "refl" else Updater(*parts)
         self.publisher = Publisher(self.engine, config.rollout.dtype, config.rollout.bucket_mb, rank)
         self.sender: CollectiveSender | None = None
-        self.sent: WeightManifest | None = None
         self.version = 0
         self.writer = ThreadPoolExecutor(1, "checkpoint")
         self.writing: Future[None] | None = None
@@ -221,7 +220,6 @@ class LearnerRank:
 
     def manifest(self) -> tuple[WeightManifest, str]:
         """The current version for `send`, and the address where its receivers meet rank 0 (there only)."""
-        self.sent = self.publisher.manifest
         for _ in self.publisher.changes(self.version):
             pass
         assert self.publisher.manifest is not None
@@ -241,7 +239,7 @@ class LearnerRank:
                 if version != self.version or version != manifest.version:
                     self.sender.refuse(name, f"version {version} is past")
                     raise TransportError(f"weights version {version} is past")
-                needed[self.sender.meet(name, replicas, manifest, self.sent)] = 1
+                needed[self.sender.meet(name, replicas, manifest)] = 1
             except TransportError as error:
                 failure = error
         torch.distributed.broadcast(needed, 0)

@@ -45,8 +45,8 @@ class Receiver(Protocol):
     def receive(
         self, manifest: WeightManifest, held: WeightManifest | None, ticket: Any
     ) -> Iterator[tuple[int, Tensor]]:
-        """Index and bytes [n] of each bucket that differs from what is held (None: nothing). The bytes are valid until
-        the next bucket. TransportError."""
+        """Index and bytes [n] of at least the buckets that differ from what is held (None: nothing), valid until
+        the next. TransportError."""
 
 
 def receiver(config: TrainConfig, device: torch.device) -> Receiver:

@@ -1,7 +1,7 @@
 """Weights by broadcast in a process group of the learner's first rank and all replicas: NCCL on GPUs, gloo on CPUs.
 
 Every transfer is a round. Its members meet at a key-value store that the learner's first rank serves: each says which
-group it is in and which version it holds; the learner answers with the buckets it will send, and whether the group of
+group it is in and which buckets it lacks; the learner answers with those that it will send, and whether the group of
 the round before is kept. Whenever a replica was lost, joined, or failed in a round, a new group is formed, by the same
 processes; nobody is restarted.
 """
@@ -100,8 +100,8 @@ class CollectiveSender:
         self.address = f"{host}:{self._store.port}"
         self._group: Group | None = None
 
-    def meet(self, name: str, replicas: int, manifest: WeightManifest, before: WeightManifest | None) -> list[int]:
-        """Waits for the members of a round and forms their group: the indexes of the buckets that they need.
+    def meet(self, name: str, replicas: int, manifest: WeightManifest) -> list[int]:
+        """Waits for the members of a round and forms their group: the indexes of the buckets that one of them lacks.
         TransportError if the round was given up, or a member does not come."""
         places = [f"{name}/{place}" for place in range(replicas)]
         deadline = time.monotonic() + self.wait_s
@@ -113,8 +113,7 @@ class CollectiveSender:
                 raise TransportError(f"weights version {manifest.version}: not all replicas came")
             time.sleep(POLL_S)
         members = [json.loads(self._store.get(place)) for place in places]
-        same = before is not None and all(member["holds"] == before.checksum for member in members)
-        needed = manifest.changed_since(before if same else None)
+        needed = sorted({index for member in members for index in member["lacks"]})
         group, self._group = self._group, None
         keep = group is not None and group.size == replicas + 1 and all(m["group"] == group.name for m in members)
         answer = json.dumps({"new": not keep, "size": replicas + 1, "buckets": needed})
@@ -155,7 +154,7 @@ class CollectiveReceiver:
         try:
             store = _connect(ticket.address)
             store.set_timeout(timedelta(seconds=self.wait_s))
-            about = {"holds": held.checksum if held else "", "group": group.name if group else ""}
+            about = {"lacks": manifest.changed_since(held), "group": group.name if group else ""}
             store.set(f"{ticket.round}/{ticket.place}", json.dumps(about))
             answer = json.loads(store.get(f"{ticket.round}/go"))
             if "refused" in answer:

@@ -59,6 +59,16 @@ class Cluster:
         found = {process: title(process) for process in self.processes()}
         return sorted((p for p, t in found.items() if t.startswith("ray::") and ACTORS[kind] in t), key=lambda p: p.pid)
 
+    def kill_actor(self, kind: str, random: np.random.Generator) -> bool:
+        """Kills one actor of a kind; False if none has a process now."""
+        victims = self.actors(kind)
+        try:
+            if victims:
+                victims[int(random.integers(len(victims)))].kill()
+        except psutil.NoSuchProcess:
+            return False
+        return bool(victims)
+
     def close(self) -> None:
         """Ends all nodes."""
         self._raylets.shutdown()

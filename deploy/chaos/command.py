@@ -8,7 +8,6 @@ one must be overcome before the next. At the end `deploy/chaos/check.py` looks f
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -142,9 +141,11 @@ def rage(config: TrainConfig, kills: int, seed: int, minutes: float, say: Callab
                 if not alive or time.monotonic() > began + 60 * minutes:
                     break
                 time.sleep(float(random.uniform(0, _step_seconds(run))))
-                storm.look(run, driver)
+                while (alive := storm.look(run, driver)) and not _kill(kind, cluster, driver, random):
+                    time.sleep(POLL_S)
+                if not alive:
+                    break
                 storm.kills.append(Kill(kind, storm.step, time.monotonic()))
-                _kill(kind, cluster, driver, random)
                 say(f"{time.monotonic() - began:6.0f} s  step {storm.step + 1} of {config.steps} done: {kind} killed")
             while storm.look(run, driver):
                 time.sleep(POLL_S)
@@ -168,14 +169,15 @@ def _cluster(scratch: Path) -> Iterator[Cluster]:
         cluster.close()
 
 
-def _kill(kind: str, cluster: Cluster, driver: Driver, random: np.random.Generator) -> None:
+def _kill(kind: str, cluster: Cluster, driver: Driver, random: np.random.Generator) -> bool:
+    """Whether there was one to kill: what the kill before took with it may not be back."""
     if kind == "driver":
         driver.kill()
-    elif kind == "node":
+        return True
+    if kind == "node":
         cluster.replace_node(random)
-    else:
-        victims = cluster.actors(kind)
-        os.kill(victims[int(random.integers(len(victims)))].pid, signal.SIGKILL)
+        return True
+    return cluster.kill_actor(kind, random)
 
 
 def _step_seconds(run: RunDirectory) -> float:

@@ -52,7 +52,7 @@ class Learner:
 
     def send(self, version: int, name: str, replicas: int) -> list[int]:
         manifest, flats = packed(version)
-        needed = self.sender.meet(name, replicas, manifest, packed(version - 1)[0])
+        needed = self.sender.meet(name, replicas, manifest)
         for index in needed:
             self.sender.send(flats[index])
         return needed

@@ -77,11 +77,15 @@ def whole(plan: Plan) -> Iterator[RunDirectory]:
         process = subprocess.Popen(
             [UNIGRPO, "reproduce", *asked], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
-        while not whole.status.exists():
-            assert process.poll() is None, process.communicate()[0]
-            time.sleep(0.05)
-        assert sorted(scale(whole.path, 1)) == ["rollout-0", "rollout-1"]
-        output = process.communicate(timeout=580)[0]
+        try:
+            while not whole.status.exists():
+                assert process.poll() is None, process.communicate()[0]
+                time.sleep(0.05)
+            assert sorted(scale(whole.path, 1)) == ["rollout-0", "rollout-1"]
+            output = process.communicate(timeout=580)[0]
+        finally:
+            process.terminate()  # if it has not ended; it then ends its actors
+            process.wait()
         assert process.returncode == 0, output[-6000:]
         table = whole.parameters.read_text()
         assert "  reasoning, learning rate 0.0001: " in table and table in output
