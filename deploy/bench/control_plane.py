@@ -1,4 +1,5 @@
-"""`python -m deploy.bench.control_plane [REPLICAS ...]`: what driving many replicas costs, as a Markdown table.
+"""`python -m deploy.bench.control_plane [REPLICAS ...] [--seconds S]`: what driving many replicas costs, as a Markdown
+table.
 
 The driver's code is the real one: rollout pool, batches, requests, weight publications, reward pool and reward actors.
 What stands in for engines is simulated: `SimulatedHost` is one process that plays many replicas, which sleep as long as
@@ -6,25 +7,28 @@ a real one would work and return groups of 24 chains whose arrays have the sizes
 `SimulatedScorer` sleeps in a real reward actor. The learner takes no part: a version is a manifest with as many names
 as one of a 7B mixture of transformers, and loading it takes no time.
 
-Efficiency is the makespan of the same jobs, in the same order, on replicas that cost nothing to drive, over the
-measured one. The queueing delay of a replica is the time between the end of a call and the begin of its next, both read
-in the simulated engine.
+CPU per group is told by who spent it: driver, reward actors, Ray's own processes, simulated engines. On a cluster only
+the first is on the driver's machine; here all share it. Efficiency is the makespan of the same jobs, in the same order,
+on replicas that cost nothing to drive, over the measured one. The queueing delay of a replica is the time between the
+end of a call and the begin of its next, both read in the simulated engine.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import heapq
 import logging
 import os
-import sys
 import time
+from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import psutil
 import ray
 from numpy.typing import NDArray
 
@@ -161,9 +165,9 @@ class SimulatedScorer(Scorer):
         return ScorerOutput(images.reshape(len(images), -1)[:, 0].astype(np.float32))
 
 
-def configuration(replicas: int) -> TrainConfig:
+def configuration(replicas: int, call_s: float = CALL_S) -> TrainConfig:
     """The default recipe with groups of 24; a step gives every replica one group."""
-    scorers = max(1, round(1.5 * replicas / CALL_S * SCORE_S))
+    scorers = max(1, round(1.5 * replicas / call_s * SCORE_S))
     config = load_config(
         "shapes",
         [f"run_name=bench-{replicas}", f"data.group_size={GROUP}", "rollout.groups_per_call=1", "learner.ranks=1",
@@ -204,11 +208,25 @@ def hosts(config: TrainConfig, replicas: int, call_s: float = CALL_S) -> tuple[l
     return found, type("HostedReplica", (SimulatedReplica,), {"hosts": found})
 
 
-def measure(replicas: int) -> dict[str, float]:
+WHOSE = {"ray::RewardActor": "rewards", "ray::SimulatedHost": "engines"}
+
+
+def cpu_seconds() -> dict[str, float]:
+    """CPU time so far of the driver, of the actors by kind, and of Ray's own processes."""
+    spent = defaultdict(float, driver=time.process_time())
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has ended
+            times, title = process.cpu_times(), " ".join(process.cmdline())
+            whose = next((who for start, who in WHOSE.items() if title.startswith(start)), "ray")
+            spent[whose] += times.user + times.system
+    return spent
+
+
+def measure(replicas: int, call_s: float = CALL_S) -> dict[str, float]:
     """A few rounds of one group per replica, the next round queued before the last has ended."""
-    config = configuration(replicas)
+    config = configuration(replicas, call_s)
     order = PromptOrder(read_prompts(resolve_path(config.data.train)), replicas, 0)
-    players, pool_type = hosts(config, replicas)
+    players, pool_type = hosts(config, replicas, call_s)
     pool = RolloutPool(config, replica_type=pool_type)
     rewards = RewardPool(config.rewards, config.run_name)
     try:
@@ -217,48 +235,51 @@ def measure(replicas: int) -> dict[str, float]:
             time.sleep(0.1)
         sync_s = min(pool.sync(publication(version)) for version in range(2))
         requests = [training_requests(config, order, step) for step in range(ROUNDS)]
-        cpu, started = time.process_time(), time.monotonic()
+        before, started = cpu_seconds(), time.monotonic()
         batches = [pool.submit(step) for step in requests]
         for batch in batches:
             tickets = [rewards.start(ref, GROUP) for _, ref in batch.arrivals(config.rollout.deadline_s)]
             rewards.finish(tickets)
             batch.groups.clear()
-        wall, cpu = max(b.finished for b in batches) - started, time.process_time() - cpu
+        wall, spent = max(b.finished for b in batches) - started, cpu_seconds()
         delays = np.concatenate(ray.get([host.delays.remote() for host in players]))
     finally:
         rewards.close()
         pool.close()
         for host in players:
             ray.kill(host)
-    durations = [call_seconds(request) for step in requests for request in step]
+    durations = [call_seconds(request, call_s) for step in requests for request in step]
     return {
-        "replicas": replicas,
         "groups": len(durations),
-        "cpu_ms": 1000 * cpu / len(durations),
+        **{whose: 1000 * (spent[whose] - before[whose]) / len(durations) for whose in spent},
         "delay_ms": 1000 * float(np.median(delays)),
         "delay99_ms": 1000 * float(np.quantile(delays, 0.99)),
         "efficiency": ideal_seconds(durations, replicas) / wall,
         "sync_s": sync_s,
-        "scorers": config.rewards[0].replicas,
     }
 
 
 def main() -> None:
     """Prints one row for each number of replicas."""
+    parser = argparse.ArgumentParser(prog="python -m deploy.bench.control_plane")
+    parser.add_argument("replicas", nargs="*", type=int, default=SIZES)
+    parser.add_argument("--seconds", type=float, default=CALL_S, help="mean time of a group")
+    asked = parser.parse_args()
     logging.disable(logging.INFO)
     ray.init(
         address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=2 << 30,
         logging_level=logging.ERROR,
     )  # fmt: skip
     print(
-        "| replicas | groups | driver CPU per group | queueing delay, median | 99 % | efficiency | publish to all |\n"
-        "|---|---|---|---|---|---|---|"
+        "| replicas | s a group | groups | efficiency | queueing delay, median | 99 % | publish to all "
+        "| CPU per group: driver | reward actors | Ray | simulated engines |\n" + "|---" * 11 + "|"
     )
-    for replicas in map(int, sys.argv[1:] or map(str, SIZES)):
-        row = measure(replicas)
+    for replicas in asked.replicas:
+        row = measure(replicas, asked.seconds)
         print(
-            f"| {replicas} | {row['groups']} | {row['cpu_ms']:.2f} ms | {row['delay_ms']:.0f} ms "
-            f"| {row['delay99_ms']:.0f} ms | {row['efficiency']:.3f} | {row['sync_s']:.2f} s |",
+            f"| {replicas} | {asked.seconds:g} | {row['groups']} | {row['efficiency']:.3f} | {row['delay_ms']:.0f} ms "
+            f"| {row['delay99_ms']:.0f} ms | {row['sync_s']:.2f} s | {row['driver']:.2f} ms | {row['rewards']:.2f} ms "
+            f"| {row['ray']:.2f} ms | {row['engines']:.2f} ms |",
             flush=True,
         )
     print(f"\n{os.cpu_count()} CPUs, load average {os.getloadavg()[0]:.1f}")
