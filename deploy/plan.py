@@ -60,7 +60,7 @@ def replica_memory(config: TrainConfig, sizes: Sizes, device: Device | None) -> 
     chain = chain_shape(config, sizes)
     images = rollout.groups_per_call * config.data.group_size
     drawing: dict[str, float] = {
-        "denoiser": sizes.denoiser * width,
+        "denoiser": (sizes.denoiser + sizes.counts.held - sizes.counts.policy) * width,  # with adapters, if there are
         "frozen parts": sizes.frozen_bytes(width),
         "drawing": max(
             images * sizes.drawing_bytes(chain.image, chain.text, width),

@@ -28,7 +28,7 @@ from deploy.bench.measure import random_policy
 from deploy.bench.packed import _batch, random_work
 from deploy.cli import app
 from deploy.devices import DEVICES, parse_gpus
-from deploy.plan import learner_memory, replica_memory, step_time
+from deploy.plan import learner_memory, number_bytes, replica_memory, step_time
 from deploy.preflight import demands
 
 SHAPES = Path(__file__).parents[2] / "deploy/models/shapes"
@@ -260,6 +260,8 @@ def test_adapters_alone_have_gradients_and_moments(tiny_models: Path) -> None:
     adapters = sum(sizes.counts.trainable.values())
     assert 0 < adapters < sizes.counts.policy / 10 and sizes.counts.held == sizes.counts.policy + adapters
     assert parts["optimizer"] == 12 * adapters and parts["gradients"] == 4 * adapters and parts["reference"] == 0
+    drawing = replica_memory(config, sizes, None)[0].parts["denoiser"]
+    assert drawing == (sizes.denoiser + adapters) * number_bytes(config.rollout.dtype)
     half = config.model_copy(update={"learner": Learner(ranks=1), "optimizer": Optimizer(frozen=("reasoning",))})
     assert sizes_of(half).counts.trainable == {"reasoning": 0, "denoising": sizes.denoiser}
 
