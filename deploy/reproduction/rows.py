@@ -25,12 +25,14 @@ TASKS = ("single_object", "two_object", "counting", "colors", "position", "color
 @dataclass(frozen=True)
 class Row:
     """One line of the comparison. recipes: the stages, each starting from the one before; paper: its TA and GenEval
-    where the paper has the row; tasks: its GenEval by task, in the order of TASKS."""
+    where the paper has the row; tasks: its GenEval by task, in the order of TASKS; most_steps: of a stage, where
+    fewer than asked for show what the row is for."""
 
     title: str
     recipes: tuple[str, ...]
     paper: tuple[float, float] | None = None
     tasks: tuple[float, ...] | None = None
+    most_steps: int | None = None
 
 
 ROWS = {
@@ -45,16 +47,16 @@ ROWS = {
     "unigrpo": Row("UniGRPO", ("shapes",), (0.8381, 0.90), (0.99, 0.99, 0.91, 0.91, 0.73, 0.86)),
     "cfg": Row("UniGRPO, CFG in training", ("cfg",)),
     "no-image-gradient": Row("UniGRPO, no image gradient into reasoning", ("no-image-gradient",)),
-    "learned-none": Row("Learned reward, no regulariser", ("learned-none",)),
-    "learned-latent-kl": Row("Learned reward, latent KL", ("learned-latent-kl",)),
-    "learned-velocity-mse": Row("Learned reward, velocity MSE", ("learned-velocity-mse",)),
+    "learned-none": Row("Learned reward, no regulariser", ("learned-none",), most_steps=140),
+    "learned-latent-kl": Row("Learned reward, latent KL", ("learned-latent-kl",), most_steps=140),
+    "learned-velocity-mse": Row("Learned reward, velocity MSE", ("learned-velocity-mse",), most_steps=140),
 }
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run: rows, seeds, steps of every stage that trains (None: the recipe's), overrides of every recipe, and
-    where the results go."""
+    """What to run: rows, seeds, steps of every stage that trains (None: the recipe's; no more than the row's
+    most_steps), overrides of every recipe, and where the results go."""
 
     rows: tuple[str, ...]
     seeds: tuple[int, ...]
@@ -82,9 +84,11 @@ def settings(plan: Plan, row: str) -> list[TrainConfig]:
     configs = []
     for recipe in ROWS[row].recipes:
         config = load_config(recipe, ["max_minutes=0", *plan.overrides])
+        steps = plan.steps or config.steps
+        steps = min(steps, ROWS[row].most_steps or steps)
         # A row that is only evaluated stays so.
-        if plan.steps is not None and config.steps:
-            config = load_config(recipe, ["max_minutes=0", *plan.overrides, f"steps={plan.steps}"])
+        if config.steps and steps != config.steps:
+            config = load_config(recipe, ["max_minutes=0", *plan.overrides, f"steps={steps}"])
         configs.append(config)
     return configs
 

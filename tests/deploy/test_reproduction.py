@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from common.config import ConfigError
+from common.recipe import load_config
 from common.rundir import RunDirectory, dump_json
 from deploy.reproduction.cells import Cell, cell_file, minutes_left, missing, read_cells
 from deploy.reproduction.command import ReproductionError, reproduce, run_cell
@@ -127,6 +128,15 @@ def test_every_row_resolves_and_later_stages_start_from_earlier_ones(tmp_path: P
     assert first.run_name != second.run_name and [first] == stages(plan, "flowgrpo-think", 2)  # trained once
     with pytest.raises(ConfigError, match="unigrp is not known; choose from sft"):
         check_rows(["unigrp"])
+
+
+@pytest.mark.parametrize(("asked", "steps"), [(None, 140), (240, 140), (20, 20)])
+def test_a_row_may_need_fewer_steps_than_are_asked_for(plan: Plan, asked: int | None, steps: int) -> None:
+    plan = replace(plan, steps=asked)
+    assert ROWS["learned-none"].most_steps == 140
+    assert [config.steps for config in stages(plan, "learned-none", 0)] == [steps]
+    assert [config.steps for config in stages(plan, "unigrpo", 0)] == [asked or load_config("shapes").steps]
+    assert [config.steps for config in stages(plan, "sft", 0)] == [0]
 
 
 def test_the_regularisers_rows_differ_in_the_regulariser_alone(plan: Plan) -> None:
