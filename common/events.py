@@ -24,6 +24,7 @@ EVENTS: dict[str, str] = {
     "publish": "Every replica that serves has acknowledged a weight version, with its checksum.",
     "replica_ready": "A rollout replica serves: at the start, after a restart, or new.",
     "replica_lost": "A rollout replica died, hung or held wrong weights; its groups go to another.",
+    "rollout_retried": "Groups whose generation failed, hung or was lost with its replica are generated again.",
     "replica_left": "A rollout replica left because fewer are wanted.",
     "learner_lost": "A learner rank died, hung or failed; the learner is rebuilt from the last checkpoint.",
     "learner_ready": "The learner was rebuilt; step is the one it goes on from, again.",
@@ -32,6 +33,7 @@ EVENTS: dict[str, str] = {
     "reward_masked": "A group could not be scored by a reward after all tries; its chains are left out of the update.",
     "checkpoint": "A checkpoint is copied and is being written; it is whole once it holds manifest.json.",
     "checkpoint_failed": "A checkpoint could not be written; the ones before stay.",
+    "record_failed": "The groups of a step could not be written; training goes on.",
     "evaluation": "The held-out prompts were evaluated.",
     "timeline": "The trace of a step was written.",
 }

@@ -26,7 +26,7 @@ PANELS: dict[str, tuple[Panel, ...]] = {
     ),
     "Where the time goes": (
         ("Phases of a step", "s", ("time/rollout_s", "time/reward_s", "time/update_s", "time/sync_s", "time/step_s")),
-        ("Inside a replica and a rank", "s", ("time/reasoning_s", "time/drawing_s")),
+        ("Inside a replica and a rank", "s", ("time/reasoning_s", "time/drawing_s", "time/update_math_s")),
         ("Weight publishing", "s", ("weights/sync_s",)),
         ("Share that is not model mathematics", "percentunit", ("time/overhead_fraction",)),
     ),
@@ -44,6 +44,7 @@ PANELS: dict[str, tuple[Panel, ...]] = {
     ),
     "Learning": (
         ("Ratios", "none", ("text/ratio_mean", "image/ratio_mean")),
+        ("Log ratio of the denoising steps", "none", ("image/log_ratio_abs",)),
         ("Clipped", "percentunit", ("text/clip_fraction", "image/clip_fraction")),
         ("Gradient norms", "none", ("grad_norm/reasoning", "grad_norm/denoising")),
         ("Advantage", "none", ("advantage/abs_mean",)),
@@ -51,7 +52,7 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         ("Distance to the reference and the old policy", "none", ("image/velocity_mse", "image/kl_old")),
     ),
     "Faults": (
-        ("Rollout against learner", "none", ("text/logprob_diff_rollout",)),
+        ("Rollout against learner", "none", ("text/logprob_diff_rollout", "image/velocity_diff_rollout")),
         (
             "Chains and groups without a signal",
             "none",

@@ -51,11 +51,11 @@ def steps(session: Session, first: int, began: float) -> Iterator[int]:
         batch = in_flight.take(step)
         scored, updated = redoing_lost(session, batch, partial(learn, session, step, batch, clock))
         with clock("sync"):
-            rollout.sync(learner.publish())
+            acknowledged_s = rollout.sync(learner.publish())
 
         if config.recording.rollouts_every and step % config.recording.rollouts_every == 0:
             learner.record(run.rollout_file(step, 0), batch.refs, scored.total, dict(scored.by_scorer))
-        metrics = {**updated, **_describe(scored, batch, session, updated, clock)}
+        metrics = {**updated, "weights/sync_s": acknowledged_s, **_describe(scored, batch, session, updated, clock)}
         session.record(step, metrics)
 
         done = step + 1
@@ -137,7 +137,6 @@ def _describe(
         "text/tokens_mean": tokens / max(chains, 1),
         "rollout/images_per_s": batch.images_per_s,
         "rollout/tokens_per_s": tokens / max(sum(s.reasoning_s for s in batch.stats) / replicas, 1e-9),
-        "weights/sync_s": clock.phases["sync"],
         "time/reasoning_s": sum(s.reasoning_s for s in batch.stats) / replicas,
         "time/drawing_s": sum(s.drawing_s for s in batch.stats) / replicas,
         "time/step_s": step_s,

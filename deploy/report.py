@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 from PIL import Image
 
+from common.metrics import METRICS
 from common.rundir import RunDirectory, replacing
 from deploy.evaluation import Result, Sample, compare, percent, table
 
@@ -222,9 +223,7 @@ def _reward_figure(rows: list[Row]) -> tuple[str, Markup] | None:
     figure, axes = _axes()
     axes.plot(steps, mean, label="mean")
     axes.fill_between(steps, mean - std, mean + std, alpha=0.2, linewidth=0)
-    counts = {"reward/zero_variance_groups", "reward/masked_chains", "reward/refilled_groups"}
-    reserved = {"reward/mean", "reward/std", *counts}
-    scorers = sorted({key for row in rows for key in row if key.startswith("reward/")} - reserved)
+    scorers = sorted({key for row in rows for key in row if key.startswith("reward/")} - METRICS.keys())
     for key in scorers if len(scorers) > 1 else ():
         axes.plot(steps, _column(rows, key), linewidth=1, label=key.removeprefix("reward/"))
     return _svg("Training reward (mean and standard deviation)", figure, axes)

@@ -50,6 +50,7 @@ class LearnerGroup:
     def __init__(self, config: TrainConfig, resume: Path | None = None) -> None:
         self.config = config
         self.rebuilds = self.failed_saves = 0
+        self._recording: tuple[Path, ray.ObjectRef] | None = None
         self._order = threading.Lock()
         self._start(resume)
 
@@ -209,8 +210,20 @@ class LearnerGroup:
     def record(
         self, path: Path, groups: list[ray.ObjectRef], rewards: NDArray[np.float64], by_scorer: dict[str, NDArray]
     ) -> None:
-        """Writes the groups of the last update as Parquet (rank 0, in the background of the next rollout)."""
-        self.ranks[0].record.remote(str(path), groups, rewards, by_scorer)
+        """Has rank 0 write the groups of the last update as Parquet, in the background of the next rollout. A file that
+        could not be written is a warning, at the next record or at the end."""
+        self._recorded()
+        self._recording = path, self.ranks[0].record.remote(str(path), groups, rewards, by_scorer)
+
+    def _recorded(self) -> None:
+        if not self._recording:
+            return
+        (path, written), self._recording = self._recording, None
+        try:
+            ray.get(written, timeout=self.config.learner.deadline_s)
+        except RayError as error:  # recovered from: nothing that is trained on is lost
+            event("record_failed", path=str(path), reason=last_line(error))
+            log.warning("%s could not be written: %s", path, last_line(error))
 
     def save(
         self, directory: Path, state: dict[str, Any], in_flight: dict[int, list[ray.ObjectRef]] | None = None
@@ -228,7 +241,9 @@ class LearnerGroup:
         return groups
 
     def saved(self) -> None:
-        """Waits until the last checkpoint is written. LearnerError if it could not be."""
+        """Waits until the last groups and the last checkpoint are written. LearnerError if that checkpoint could not
+        be."""
+        self._recorded()
         if problem := self._heed(self._all("saved")[0]):
             raise LearnerError(f"the last checkpoint could not be written: {problem}")
 

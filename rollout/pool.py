@@ -220,16 +220,16 @@ class RolloutPool:
             tick = 0.0
             while not self._stopping:
                 try:
-                    event = self._events.get(timeout=TICK_S)
+                    ended = self._events.get(timeout=TICK_S)
                 except queue.Empty:
-                    event = None
+                    ended = None
                 with self._changed:
                     if self._stopping:
                         return
-                    if event and event[0].call is event[1]:  # else the call was given up at its deadline
-                        self._ended(*event)
-                        self._next(event[0])
-                    if event is None or time.monotonic() > tick:
+                    if ended and ended[0].call is ended[1]:  # else the call was given up at its deadline
+                        self._ended(*ended)
+                        self._next(ended[0])
+                    if ended is None or time.monotonic() > tick:
                         tick = time.monotonic() + TICK_S
                         self._look_round()
                     self._changed.notify_all()
@@ -347,6 +347,7 @@ class RolloutPool:
             work.batch.fail(RolloutError(f"rollout failed {work.errors + work.deaths} times, last: {reason}"))
             return
         log.warning("rollout work goes to another replica: %s", reason)
+        event("rollout_retried", groups=len(work.requests), reason=reason)
         self.rerun_groups += len(work.requests)
         work.begun = None  # it may be what was lost
         self._queue.appendleft(work)

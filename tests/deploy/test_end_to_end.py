@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from common.config import ConfigError, resolve_path
 from common.events import read_events
-from common.metrics import METRICS
+from common.metrics import METRICS, describe
 from common.recipe import load_config
 from common.records import read_groups
 from common.rundir import RunDirectory
@@ -98,6 +98,7 @@ def test_every_documented_metric_is_there(whole: RunDirectory) -> None:
     documented = {key for key in METRICS if "<" not in key}
     assert not documented - rows[0].keys()
     assert all(row[key] is not None for row in rows for key in documented)
+    assert not [key for key in rows[0] if describe(key) is None]
 
 
 def test_a_live_run_is_scaled(whole: RunDirectory) -> None:

@@ -72,6 +72,8 @@ def _train(run: RunDirectory, steps: int) -> None:
                 "reward/mean": 0.1 * step,
                 "reward/std": 0.2,
                 "reward/shapes": 0.1 * step,
+                "reward/actors": 2.0,
+                "reward/queued_groups": 0.0,
                 "reward/$c<l&ip$": 0.3,
                 "grad_norm/reasoning": 1.0 + step,
                 "grad_norm/denoising": float("nan"),
@@ -157,6 +159,8 @@ def test_a_finished_run(finished: RunDirectory) -> None:
         "Time of a step (s)",
     ]
     assert "window_range:" in page.text
+    # A curve per scorer, and none of what else is counted about rewards.
+    assert ">shapes</text>" in html and ">queued_groups</text>" not in html
 
 
 def test_samples_show_before_and_after_beside_their_reasoning(finished: RunDirectory) -> None:

@@ -86,7 +86,11 @@ def group(local_ray: None, config: TrainConfig) -> Iterator[LearnerGroup]:
 
 
 def test_a_lost_rank_a_full_disk_and_another_number_of_ranks(
-    group: LearnerGroup, config: TrainConfig, golden_checkpoint: Checkpoint, tmp_path: Path
+    group: LearnerGroup,
+    config: TrainConfig,
+    golden_checkpoint: Checkpoint,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     group.check_sees(tmp_path)
     with pytest.raises(ConfigError, match=r"/driver's/own, which .* learner's node 127\.0\.0\.1 \(.*share"):
@@ -149,6 +153,12 @@ def test_a_lost_rank_a_full_disk_and_another_number_of_ranks(
         assert all((before[key] == after[key]).all() for key in before)
     assert group.update(1, refs, REWARDS)["weights/version"] == 2
     assert group.metrics()["learner/rebuilds"] == 1
+
+    # Groups that cannot be written are said and cost nothing else.
+    (tmp_path / "file").touch()
+    group.record(tmp_path / "file" / "groups.parquet", refs, REWARDS, {})
+    group.saved()
+    assert "file/groups.parquet could not be written" in caplog.text
 
     # A rank that hangs is given up at the deadline, by its number, and ended like one that works.
     pid = ray.get(group.ranks[0].pid.remote())
