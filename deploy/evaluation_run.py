@@ -22,8 +22,9 @@ from deploy.grid import sample_grid
 from deploy.recovery import redoing_lost
 from deploy.report import read_samples, write_samples
 from deploy.requests import evaluation_requests
+from deploy.scoring import tickets
 from deploy.session import EvaluationSession
-from rewards.pool import Scored, Ticket
+from rewards.pool import Scored
 from rollout.pool import RolloutError
 
 
@@ -57,16 +58,13 @@ def evaluate(session: EvaluationSession, step: int) -> dict[str, Any]:
     batch = session.rollout.submit(evaluation_requests(config, session.heldout))
 
     def read() -> tuple[Scored, list[list[dict[str, Any]]]]:
-        tickets: dict[int, Ticket] = {}
-        for place, ref in batch.arrivals(config.rollout.deadline_s):
-            tickets[place] = session.rewards.start(ref, batch.size(place))
-        scored = session.rewards.finish([tickets[place] for place in range(len(tickets))])
+        scored = session.rewards.finish(tickets(session, batch))
         details = describe.remote(batch.refs, [prompt.id in shown for prompt in session.heldout])
         try:
             return scored, ray.get(details, timeout=config.rollout.deadline_s)
         except GetTimeoutError as error:
             raise RolloutError(
-                f"the {len(tickets)} evaluated groups were not described within {config.rollout.deadline_s:.0f} s "
+                f"the {len(batch.groups)} evaluated groups were not described within {config.rollout.deadline_s:.0f} s "
                 "(rollout.deadline_s); does the cluster still have a node for tasks?"
             ) from error
 

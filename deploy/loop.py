@@ -18,6 +18,7 @@ from deploy.evaluation_run import evaluate
 from deploy.in_flight import InFlight, conditions
 from deploy.recovery import Recovery, redoing_lost
 from deploy.refill import refill, training_rewards
+from deploy.scoring import tickets
 from deploy.session import Session
 from learner.group import LostLearnerError
 from rewards.pool import Scored
@@ -79,12 +80,9 @@ def steps(session: Session, first: int, began: float) -> Iterator[int]:
 def learn(session: Session, step: int, batch: Batch, clock: Clock) -> tuple[Scored, dict[str, float]]:
     """Scores a step's groups as they arrive, then updates. Groups that are staler than allowed are left out."""
     with clock("rollout"):
-        arrivals = batch.arrivals(session.config.rollout.deadline_s)
-        # Scoring has begun, but for groups that were scored before and are again.
-        begun = ((i, batch.begun.pop(i, None) or session.rewards.start(ref, batch.size(i))) for i, ref in arrivals)
-        tickets = dict(sorted(begun))
+        started = tickets(session, batch)
     with clock("reward"):
-        scored = session.rewards.finish(list(tickets.values()))
+        scored = session.rewards.finish(started)
     scored, refilled = refill(session, step, batch, scored)
     staleness = session.version - np.array(batch.versions)
     stale = staleness > session.config.max_staleness

@@ -224,7 +224,7 @@ class Plan:
         """Why the run would not fit; empty where it does or where no device is named."""
         if self.fleet is None:
             return []
-        asked = sum(demand.count * demand.gpus for demand in demands(self.config))
+        asked = sum(demand.count * demand.given.gpus for demand in demands(self.config))
         found = []
         if asked > self.fleet.count + 1e-6:
             found.append(f"the actors ask for {asked:g} GPUs, there are {self.fleet.count}")

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from common.config import ConfigError, TrainConfig, resolve_path
+from common.config import ConfigError, Resources, TrainConfig, resolve_path
 from common.prompts import evenly, read_prompts
 from common.sizes import is_here
 from common.types import Prompt
-from rewards.scorer import check, scorer_class
+from rewards.scorer import check, check_prompts
 
 if TYPE_CHECKING:
     from common.policy import Outline
@@ -32,24 +32,16 @@ class Demand:
 
     kind: str
     count: int
-    cpus: float
-    gpus: float
-    custom: dict[str, float]
-
-    @property
-    def resources(self) -> dict[str, float]:
-        """What one actor is given, by Ray's names."""
-        return {"CPU": self.cpus, "GPU": self.gpus, **self.custom}
+    given: Resources
 
 
 def demands(config: TrainConfig, learner_too: bool = True) -> list[Demand]:
     """The actors that a run, or an evaluation, which has no learner, cannot begin without."""
-    rollout, learner = config.rollout, config.learner
     fewest, _ = config.replica_bounds
     return [
-        *(Demand(kind, fewest, given.cpus, given.gpus, given.custom) for kind, given in rollout.actors.items()),
-        *([Demand("learner", learner.ranks, learner.cpus, learner.gpus, learner.custom)] if learner_too else []),
-        *(Demand(f"reward:{s.name}", s.replicas, s.cpus, s.gpus, s.custom) for s in config.rewards),
+        *(Demand(kind, fewest, given) for kind, given in config.rollout.actors.items()),
+        *([Demand("learner", config.learner.ranks, config.learner)] if learner_too else []),
+        *(Demand(f"reward:{scorer.name}", scorer.replicas, scorer) for scorer in config.rewards),
     ]
 
 
@@ -73,15 +65,8 @@ def check_inputs(config: TrainConfig, weights: bool = True) -> Inputs:
         )
     if model:
         check_lengths(config, model, [*train, *heldout])
-    for scorer in config.rewards:
-        for file, prompts in ((config.data.train, train), (config.data.heldout, heldout)):
-            for prompt in prompts:
-                try:
-                    scorer_class(scorer.name).check_prompt(prompt)
-                except ValueError as error:
-                    raise ConfigError(
-                        f"{file}: prompt {prompt.id}: {error} (needed by reward {scorer.name})"
-                    ) from error
+    check_prompts(config.rewards, train, config.data.train)
+    check_prompts(config.rewards, heldout, config.data.heldout)
     return Inputs(train, evenly(heldout, config.evaluation.prompts), check_parameters(config, model) if model else "")
 
 
@@ -141,8 +126,8 @@ def check_lengths(config: TrainConfig, model: Outline, prompts: list[Prompt]) ->
 def check_resources(config: TrainConfig, capacity: Mapping[str, float], learner_too: bool = True) -> None:
     """ConfigError if the actors together ask for more than the cluster has; capacity by Ray's resource names."""
     asked = demands(config, learner_too)
-    for name in dict.fromkeys(name for demand in asked for name in demand.resources):
-        shares = [(d.kind, d.count, d.resources.get(name, 0.0)) for d in asked]
+    for name in dict.fromkeys(name for demand in asked for name in demand.given.asked):
+        shares = [(d.kind, d.count, d.given.asked.get(name, 0.0)) for d in asked]
         want, have = sum(count * each for _, count, each in shares), capacity.get(name, 0.0)
         if want > have + 1e-6:
             parts = ", ".join(f"{kind} {count} x {each:g}" for kind, count, each in shares if each)
@@ -156,7 +141,7 @@ def check_resources(config: TrainConfig, capacity: Mapping[str, float], learner_
 def check_fits(config: TrainConfig, nodes: Sequence[Mapping[str, float]], learner_too: bool = True) -> None:
     """ConfigError if an actor is larger than any one node, there or still to come: it would wait for ever."""
     for demand in demands(config, learner_too):
-        asked = {name: amount for name, amount in demand.resources.items() if amount}
+        asked = {name: amount for name, amount in demand.given.asked.items() if amount}
         if not any(all(node.get(name, 0.0) >= amount for name, amount in asked.items()) for node in nodes):
             sizes = sorted({", ".join(f"{node.get(name, 0.0):g} {_plural(name)}" for name in asked) for node in nodes})
             raise ConfigError(
@@ -193,7 +178,7 @@ def describe(config: TrainConfig) -> str:
         f"  {config.steps} steps = {config.steps * chains} chains",
         "actors",
         *(
-            f"  {d.count} x {d.kind}: {', '.join(f'{n:g} {_plural(name)}' for name, n in d.resources.items())} each"
+            f"  {d.count} x {d.kind}: {', '.join(f'{n:g} {_plural(name)}' for name, n in d.given.asked.items())} each"
             for d in demands(config)
         ),
     ]

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from common.advantage import decoupled_rewards
 from common.config import TrainConfig
 from deploy.requests import refill_requests
+from deploy.scoring import tickets
 from deploy.session import Session
 from rewards.pool import Scored
 from rollout.batch import Batch
@@ -36,9 +37,7 @@ def refill(session: Session, step: int, batch: Batch, scored: Scored) -> tuple[S
         if not requests:
             break
         fresh = session.rollout.submit(list(requests.values()))
-        arrivals = fresh.arrivals(config.rollout.deadline_s)
-        tickets = dict(sorted((place, session.rewards.start(ref, fresh.size(place))) for place, ref in arrivals))
-        scored = scored.replaced(list(requests), session.rewards.finish(list(tickets.values())))
+        scored = scored.replaced(list(requests), session.rewards.finish(tickets(session, fresh)))
         batch.adopt(list(requests), fresh)
         replaced += len(requests)
     return scored, replaced

@@ -57,7 +57,7 @@ class LearnerGroup:
     def _start(self, resume: Path | None) -> None:
         config, resources = self.config, self.config.learner
         self.tested = not config.self_test
-        self._room = Placement({"CPU": resources.cpus, "GPU": resources.gpus, **resources.custom}, resources.ranks)
+        self._room = Placement(resources.asked, resources.ranks)
         self._published: WeightManifest | None = None
         self._buffers: dict[int, ray.ObjectRef] = {}
         self._sending: list[ray.ObjectRef] = []

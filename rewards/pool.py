@@ -125,10 +125,6 @@ class RewardPool:
             )
         return count
 
-    def score(self, groups: Sequence[ray.ObjectRef[Group]], sizes: Sequence[int]) -> Scored:
-        """Scores groups of `sizes` chains: `start` for each, then `finish`."""
-        return self.finish([self.start(group, size) for group, size in zip(groups, sizes, strict=True)])
-
     def metrics(self) -> dict[str, float]:
         """Queue and actors of all scorers together, now."""
         queued, actors, restarts = np.sum([replicas.state() for replicas in self._replicas], axis=0).tolist()

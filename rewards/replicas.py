@@ -61,8 +61,7 @@ class Replicas:
         self._closed = False
         self._broken: Exception | None = None
         self._restarts = 0
-        resources = {"CPU": scorer.cpus, "GPU": scorer.gpus, **scorer.custom}
-        self._rooms = [Placement(resources, name=self._actor_name(index)) for index in range(scorer.replicas)]
+        self._rooms = [Placement(scorer.asked, name=self._actor_name(index)) for index in range(scorer.replicas)]
         self._actors = [self._start(index) for index in range(scorer.replicas)]
         self._replicas = set(range(scorer.replicas))  # not given up
         self._live = set(self._replicas)  # up and serving

@@ -105,14 +105,18 @@ def build(name: str, options: Mapping[str, Any]) -> Scorer:
     return scorer_class(name)(check_options(name, options))
 
 
-def check(scorers: Iterable[config.Scorer], prompts: Iterable[Prompt] = ()) -> None:
-    """Checks a recipe's rewards and every prompt they will judge, building nothing. ConfigError for the first fault."""
-    scorers = tuple(scorers)
+def check(scorers: Iterable[config.Scorer]) -> None:
+    """Checks a recipe's rewards, building nothing. ConfigError for the first fault."""
     for scorer in scorers:
         check_options(scorer.name, scorer.options)
+
+
+def check_prompts(scorers: Iterable[config.Scorer], prompts: Iterable[Prompt], file: str) -> None:
+    """Checks every prompt of a file that they will judge. ConfigError for the first fault."""
+    judges = {scorer.name: scorer_class(scorer.name) for scorer in scorers}
     for prompt in prompts:
-        for scorer in scorers:
+        for name, judge in judges.items():
             try:
-                scorer_class(scorer.name).check_prompt(prompt)
+                judge.check_prompt(prompt)
             except ValueError as error:
-                raise ConfigError(f"prompt {prompt.id} cannot be judged by reward {scorer.name}: {error}") from error
+                raise ConfigError(f"{file}: prompt {prompt.id}: {error} (needed by reward {name})") from error

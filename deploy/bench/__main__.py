@@ -85,16 +85,12 @@ def sync_rates() -> dict[str, float]:
 def reasoner_rate(config: TrainConfig) -> float:
     """Tokens per second of vLLM on the small policy: 96 requests of 32 tokens."""
     from common.bagel import checkpoint as store
-    from common.bagel.config import read_json
-    from common.config import resolve_path
-    from rollout.reasoner import Reasoner, write_reasoner_dir
+    from rollout.reasoner import Reasoner
+    from rollout.reasoner_dir import write_reasoner_dir
 
-    directory = resolve_path(config.model.path)
-    loaded = store.load(directory)
+    loaded = store.load(resolve_path(config.model.path))
     with tempfile.TemporaryDirectory() as scratch:
-        write_reasoner_dir(
-            Path(scratch) / "r", read_json(directory / "llm_config.json"), loaded.policy.reasoning_weights()
-        )
+        write_reasoner_dir(Path(scratch) / "r", loaded.reasoner, loaded.policy.reasoning_weights())
         # <|endoftext|>, which this policy never says: every request runs to its limit.
         unused = loaded.chat.tokenizer.token_to_id("<|endoftext|>")
         assert unused is not None

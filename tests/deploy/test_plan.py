@@ -173,7 +173,7 @@ def test_a_reasoner_of_its_own_leaves_the_replica_the_denoiser(sizes: BagelSizes
     assert (drawing.kind, reasoning.kind, reasoning.count, reasoning.share) == ("rollout", "reasoner", 1, 1)
     held = f"{sizes.counts.trainable['reasoning'] * 2 / 1e9:.3g} GB of the"
     assert held in together.remarks[-1] and held in reasoning.remarks[-1]
-    asked = {demand.kind: demand.gpus for demand in demands(validate({**GPU_RUN, **own}))}
+    asked = {demand.kind: demand.given.gpus for demand in demands(validate({**GPU_RUN, **own}))}
     assert asked["rollout"] == asked["reasoner"] == 1
 
 

@@ -25,7 +25,7 @@ def config_with(**data: Any) -> TrainConfig:
 
 def test_too_few_cpus() -> None:
     config = config_with(rollout={"replicas": 4, "cpus": 1.0}, learner={"ranks": 2, "cpus": 1.5})
-    needed = sum(demand.count * demand.cpus for demand in demands(config))
+    needed = sum(demand.count * demand.given.cpus for demand in demands(config))
     check_resources(config, {"CPU": needed})
     with pytest.raises(ConfigError) as error:
         check_resources(config, {"CPU": needed - 1})

@@ -14,7 +14,7 @@ import ray
 from common.config import ConfigError, Scorer
 from common.shapes.scene import Item, Scene, render
 from common.types import Chain, Group, ImageSegment, NonFiniteError, Prompt
-from rewards.pool import RewardPool
+from rewards.pool import RewardPool, Scored
 
 FAULTY = "tests.rewards.faulty_scorers:Faulty"
 FIRST_BYTE = "tests.rewards.faulty_scorers:FirstByte"
@@ -57,10 +57,14 @@ def _rows(*firsts: float) -> np.ndarray:
     return np.array(firsts, np.float64)[:, None] + np.arange(G)
 
 
+def _score(pool: RewardPool, groups: list[ray.ObjectRef], sizes: list[int]) -> Scored:
+    return pool.finish([pool.start(group, size) for group, size in zip(groups, sizes, strict=True)])
+
+
 def test_weighted_sum_of_two_rewards(start: Start) -> None:
     pool = start({"name": "shapes", "weight": 2.0}, {"name": FIRST_BYTE, "weight": -0.5})
     image = render(Scene((Item("red", "circle", "top left"),)), np.random.default_rng(0))
-    scored = pool.score([_group([image] * G), _flat(10)], [G, G])
+    scored = _score(pool, [_group([image] * G), _flat(10)], [G, G])
     assert scored.total.dtype == np.float64
     np.testing.assert_array_equal(scored.by_scorer["shapes"], [[1] * G, [0] * G])
     np.testing.assert_array_equal(scored.components["shapes/strict"], [[1] * G, [0] * G])
@@ -94,7 +98,7 @@ def test_faults_mask_their_own_group_only(start: Start, tmp_path: Path) -> None:
         {"do": "die", "mark": mark},
         {},
     ]
-    scored = pool.score([_flat(10 * i, **fault) for i, fault in enumerate(faults)], [G] * len(faults))
+    scored = _score(pool, [_flat(10 * i, **fault) for i, fault in enumerate(faults)], [G] * len(faults))
     expected = _rows(*range(0, 70, 10))
     expected[1:4] = np.nan
     expected[4, 1] = np.nan
@@ -117,7 +121,7 @@ def test_scores_that_are_not_finite_stop_or_are_left_out(start: Start, value: fl
 
 def test_a_single_replica_serves_on_after_a_hang(start: Start) -> None:
     pool = start({"name": FAULTY, "retries": 0, "deadline_s": 1.0, "weight": 0.0})
-    scored = pool.score([_flat(0, do="hang"), _flat(10)], [G, G])
+    scored = _score(pool, [_flat(0, do="hang"), _flat(10)], [G, G])
     np.testing.assert_array_equal(scored.by_scorer[FAULTY], [[np.nan] * G, [10, 11, 12]])
     np.testing.assert_array_equal(scored.total, np.zeros((2, G)))
     assert scored.errors == G
@@ -129,7 +133,7 @@ def test_close_gives_up_what_is_unfinished_and_frees_the_names(start: Start) -> 
     time.sleep(0.3)
     pool.close()
     assert all(future.cancelled() for ticket in tickets for future in ticket.outcomes)
-    np.testing.assert_array_equal(start({"name": FAULTY}).score([_flat(5)], [G]).total, _rows(5))
+    np.testing.assert_array_equal(_score(start({"name": FAULTY}), [_flat(5)], [G]).total, _rows(5))
 
 
 def test_what_cannot_start_says_why(start: Start) -> None:
@@ -160,12 +164,12 @@ def test_actors_without_room_are_named(start: Start, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("rewards.replicas.START_TIMEOUT_S", 1.0)
     pool._replicas[0]._rooms[0].give_back()
     with pytest.raises(ConfigError, match=roomless.format(0.1)):
-        pool.score([_flat(0)], [G])
+        _score(pool, [_flat(0)], [G])
 
 
 def test_sizes_must_be_right(start: Start) -> None:
     pool = start({"name": FIRST_BYTE})
     with pytest.raises(ValueError, match="correct size"):
-        pool.score([_flat(0)], [G + 1])
+        _score(pool, [_flat(0)], [G + 1])
     with pytest.raises(ValueError, match="at least one"):
         pool.finish([])

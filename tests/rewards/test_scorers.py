@@ -13,7 +13,7 @@ from common import config
 from common.config import ConfigError
 from common.shapes.scene import Item, Scene, render
 from common.types import Prompt
-from rewards.scorer import build, check, check_options, scorer_class
+from rewards.scorer import build, check_options, check_prompts, scorer_class
 
 RED_CIRCLE = Scene((Item("red", "circle", "top left"),))
 BLUE_SQUARE = Scene((Item("blue", "square", "bottom right"),))
@@ -88,9 +88,9 @@ def test_bad_options(name: str, options: dict[str, Any], message: str) -> None:
 
 def test_check_names_the_prompt_and_the_reward() -> None:
     scorers = (config.Scorer(name="shapes"),)
-    check(scorers, [_prompt()])
-    with pytest.raises(ConfigError, match=r"prompt colors-0001 .* reward shapes: include\[0\].class is 'cube'"):
-        check(scorers, [_prompt({"tag": "colors", "include": [{"class": "cube", "count": 1}]})])
+    check_prompts(scorers, [_prompt()], "a.jsonl")
+    with pytest.raises(ConfigError, match=r"a.jsonl: prompt colors-0001: include\[0\].class is 'cube'.* reward shapes"):
+        check_prompts(scorers, [_prompt({"tag": "colors", "include": [{"class": "cube", "count": 1}]})], "a.jsonl")
 
 
 def test_checking_imports_neither_torch_nor_ray() -> None:
