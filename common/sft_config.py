@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from common.config import ConfigError, Count, DType, NonNegative, Positive, Section, native_dtype
+from common.config import ConfigError, Count, DType, NonNegative, Positive, Resources, Section, native_dtype
 from common.recipe import apply_overrides, explain, read_recipe
 
 
@@ -49,7 +49,7 @@ class Create(Section):
     autoencoder: Autoencoder = Autoencoder()
 
 
-class SFTConfig(Section):
+class SFTConfig(Resources):
     """Next-token loss on the reasoning and flow matching on the image."""
 
     out: str
@@ -92,6 +92,8 @@ class SFTConfig(Section):
     """Timestep shift of the training noise; above 1 favours high noise."""
     text_weight: NonNegative = 1.0
     """Weight of the next-token loss."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """AdamW's betas."""
     weight_decay: NonNegative = 0.01
     """AdamW's weight decay."""
     grad_clip: NonNegative = 1.0
@@ -99,11 +101,9 @@ class SFTConfig(Section):
     save_every: Count = 1000
     """Steps between intermediate checkpoints, written to OUT-STEP."""
     ranks: Count = 2
-    """Data-parallel ranks."""
-    cpus: NonNegative = 1.0
-    """CPUs of one rank."""
-    gpus: NonNegative = 0.0
-    """GPUs of one rank."""
+    """Data-parallel ranks, each of which is given `cpus`, `gpus` and `custom`."""
+    deadline_s: Positive = 1800.0
+    """Longest wait of a rank for the others."""
     dtype: DType = Field(default_factory=native_dtype)
     """Compute type, chosen like rollout.dtype of a training recipe; masters are fp32."""
     zero_stage: Literal[1, 2] = 2

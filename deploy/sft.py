@@ -8,13 +8,17 @@ from typing import Any
 
 import ray
 import yaml
+from ray.exceptions import RayActorError
 
-from common.config import ConfigError, resolve_path
+from common.actors import not_built, options
+from common.bagel.checkpoint import check
+from common.config import ConfigError, Resources, resolve_path
 from common.rundir import RunDirectory
-from common.runtime import free_port, thread_env
+from common.runtime import free_port
 from common.sft_config import SFTConfig, load_sft_config
 from deploy.preflight import local_cpus
 from deploy.progress import Progress
+from learner.dataset import check_parquet
 from learner.sft_actor import SFTRank, create_policy
 
 
@@ -25,12 +29,16 @@ def run_sft(recipe: str, overrides: list[str]) -> None:
     if out.exists():
         raise ConfigError(f"out: {out} exists already; remove it or give another directory")
     start = str(resolve_path(config.start)) if config.start else None
+    if start:
+        check(Path(start))
+    if config.data != "shapes":
+        check_parquet(resolve_path(config.data), config.batch * config.ranks)
     run = RunDirectory(out.parent / f"{out.name}-sft").create(
         yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     )
     ray.init(
         address="local",
-        num_cpus=max(local_cpus(), 1),
+        num_cpus=local_cpus(),
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
@@ -39,9 +47,7 @@ def run_sft(recipe: str, overrides: list[str]) -> None:
         with Progress(config.steps) as progress:
             if config.create:
                 progress.phase("fitting tokenizer and autoencoder")
-                make = ray.remote(create_policy).options(
-                    num_cpus=local_cpus(), runtime_env={"env_vars": thread_env(local_cpus())}
-                )
+                make = ray.remote(create_policy).options(**options(Resources(cpus=local_cpus())))
                 start = ray.get(make.remote(config, config.create, str(run.path / "start")))
             assert start is not None
             _train(config.model_copy(update={"out": str(out)}), start, run, progress)
@@ -52,16 +58,17 @@ def run_sft(recipe: str, overrides: list[str]) -> None:
 
 def _train(config: SFTConfig, start: str, run: RunDirectory, progress: Progress) -> None:
     address = f"{ray.util.get_node_ip_address()}:{free_port()}"
-    actor = ray.remote(SFTRank).options(
-        num_cpus=config.cpus, num_gpus=config.gpus, runtime_env={"env_vars": thread_env(config.cpus)}
-    )
+    actor = ray.remote(SFTRank).options(**options(config))
     ranks: list[Any] = [actor.remote(config, start, rank, address, str(run.path)) for rank in range(config.ranks)]
     progress.phase("preparing examples")
     pending = [rank.train.remote() for rank in ranks]
     shown = 0
     while pending:
         done, pending = ray.wait(pending, num_returns=len(pending), timeout=5)
-        ray.get(done)
+        try:
+            ray.get(done)
+        except RayActorError as error:
+            raise not_built(error) or error from error
         rows = run.read_metrics()
         if len(rows) > shown:
             shown = len(rows)

@@ -6,12 +6,14 @@ import io
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
 from common.bagel.checkpoint import Checkpoint
 from common.bagel.policy import pixels_to_tokens
+from common.config import ConfigError
 from common.shapes import prompts as shapes_prompts
 from common.shapes.scene import render
 from common.shapes.supervised import example
@@ -43,21 +45,36 @@ def shapes_pairs(count: int, seed: int, think_share: float = 1.0, prompt_share: 
     return pairs
 
 
+def check_parquet(path: Path, fewest: int) -> None:
+    """ConfigError for a file that is no Parquet, lacks a column or has fewer rows than that; images are not opened."""
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise ConfigError(f"data: {path} is not readable Parquet ({error})") from error
+    columns = file.schema_arrow.names
+    for column in ("prompt", "reasoning", "image"):
+        if column not in columns:
+            raise ConfigError(f"data: {path}: column {column} is missing (it has {', '.join(columns)})")
+    if file.metadata.num_rows < fewest:
+        raise ConfigError(
+            f"data: {path} has {file.metadata.num_rows} rows, fewer than one step's {fewest} texts (batch x ranks); "
+            "lower batch or ranks"
+        )
+
+
 def parquet_pairs(path: Path, height: int, width: int) -> list[Pair]:
     """Rows with columns prompt, reasoning and image (PNG or JPEG bytes), resized to the training size.
 
-    ValueError naming the file and the column or row that cannot be used.
+    ConfigError naming the file and the row that cannot be used.
     """
-    table = pq.read_table(path)
-    for column in ("prompt", "reasoning", "image"):
-        if column not in table.column_names:
-            raise ValueError(f"{path}: column {column} is missing (it has {', '.join(table.column_names)})")
     pairs = []
-    for number, row in enumerate(table.to_pylist()):
+    for number, row in enumerate(pq.read_table(path, columns=["prompt", "reasoning", "image"]).to_pylist()):
+        if not isinstance(row["prompt"], str) or not isinstance(row["reasoning"], str | None):
+            raise ConfigError(f"data: {path}: row {number}: prompt must be text, reasoning text or null")
         try:
             image = Image.open(io.BytesIO(row["image"])).convert("RGB")
         except (OSError, TypeError) as error:
-            raise ValueError(f"{path}: row {number}: image cannot be read ({error})") from error
+            raise ConfigError(f"data: {path}: row {number}: image cannot be read ({error})") from error
         pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
         pairs.append((row["prompt"], row["reasoning"], pixels))
     return pairs

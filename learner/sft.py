@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.bagel.policy import BagelPolicy, PolicyOutput, pack_batch
+from common.sft_config import SFTConfig
 from learner.engine import Engine
 
 
@@ -34,45 +35,31 @@ class Examples:
     grid: tuple[int, int]
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """How long and how fast: optimizer steps, texts per step and rank, noised copies of each image, learning rate
-    with linear warm-up and cosine decay, weight averaging, timestep shift, weight of the text loss, saving interval."""
-
-    steps: int
-    batch: int
-    copies: int
-    lr: float
-    warmup: int
-    ema_decay: float
-    shift: float
-    text_weight: float
-    save_every: int
-
-
-def learning_rate_factor(step: int, schedule: Schedule) -> float:
+def learning_rate_factor(step: int, config: SFTConfig) -> float:
     """Linear warm-up, then cosine to 2 %."""
-    if step < schedule.warmup:
-        return (step + 1) / schedule.warmup
-    done = (step - schedule.warmup) / max(1, schedule.steps - schedule.warmup)
+    if step < config.warmup:
+        return (step + 1) / config.warmup
+    done = (step - config.warmup) / max(1, config.steps - config.warmup)
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def losses(output: PolicyOutput, target: Tensor, text_weight: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(total, next-token, flow-matching): mean negative log-prob per token; mean squared velocity error."""
-    text, image = -output.logprobs.mean(), F.mse_loss(output.velocity, target)
+    """(total, next-token, flow-matching): mean negative log-prob per token, 0 where no text is learned; mean squared
+    velocity error."""
+    text = -output.logprobs.sum() / max(1, len(output.logprobs))
+    image = F.mse_loss(output.velocity, target)
     return text_weight * text + image, text, image
 
 
 def train(
     engine: Engine,
     examples: Examples,
-    schedule: Schedule,
+    config: SFTConfig,
     seed: int,
     report: Callable[[dict[str, float]], None],
     save: Callable[[int, dict[str, Tensor]], None],
 ) -> None:
-    """Runs the schedule on this rank; examples are this rank's own. `save(step, averaged weights)` is called every
+    """Runs all steps on this rank; examples are this rank's own. `save(step, averaged weights)` is called every
     `save_every` steps and at the end; the weights are the same on every rank."""
     policy = engine.module
     assert isinstance(policy, BagelPolicy)
@@ -80,22 +67,22 @@ def train(
     noise = torch.Generator().manual_seed(seed)
     averaged = {k: v.detach().float().clone() for k, v in policy.state_dict().items()}
     started = time.monotonic()
-    for step in range(schedule.steps):
-        engine.set_learning_rates(learning_rate_factor(step, schedule), dict.fromkeys(engine.names, schedule.lr))
-        chosen = random.choice(len(examples.texts), schedule.batch, replace=False)
-        owner = torch.arange(schedule.batch).repeat_interleave(schedule.copies)
+    for step in range(config.steps):
+        engine.set_learning_rates(learning_rate_factor(step, config), dict.fromkeys(engine.names, config.lr))
+        chosen = random.choice(len(examples.texts), config.batch, replace=False)
+        owner = torch.arange(config.batch).repeat_interleave(config.copies)
         clean = examples.latents[torch.from_numpy(chosen)][owner]
         t = torch.rand(len(owner), generator=noise)
-        t = schedule.shift * t / (1 + (schedule.shift - 1) * t)
+        t = config.shift * t / (1 + (config.shift - 1) * t)
         eps = torch.randn(clean.shape, generator=noise)
         x_t = (1 - t[:, None, None]) * clean + t[:, None, None] * eps
         batch = pack_batch(
             [examples.texts[i] for i in chosen], [examples.scored[i] for i in chosen], x_t, t, owner, examples.grid
         )
-        total, text, image = losses(engine.engine(batch), eps - clean, schedule.text_weight)
+        total, text, image = losses(engine.engine(batch), eps - clean, config.text_weight)
         engine.backward(total, last=True)
         norms = engine.step()
-        decay = min(schedule.ema_decay, (step + 1) / (step + 10))
+        decay = min(config.ema_decay, (step + 1) / (step + 10))
         with torch.no_grad():
             for name, tensor in policy.state_dict().items():
                 averaged[name].lerp_(tensor.float(), 1 - decay)
@@ -108,5 +95,5 @@ def train(
                 "time/elapsed_s": time.monotonic() - started,
             }
         )
-        if (step + 1) % schedule.save_every == 0 or step + 1 == schedule.steps:
+        if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
             save(step + 1, averaged)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common.actors import building
 from common.bagel import checkpoint as store
 from common.bagel.config import VAEConfig
 from common.config import resolve_path
@@ -17,7 +18,7 @@ from common.shapes import prompts as shapes_prompts
 from learner.create import create, train_tokenizer, train_vae
 from learner.dataset import encode_pairs, parquet_pairs, shapes_pairs
 from learner.engine import Engine, init_process_group
-from learner.sft import Schedule, train
+from learner.sft import train
 
 
 def create_policy(config: SFTConfig, sizes: Create, out: str) -> str:
@@ -45,9 +46,10 @@ def create_policy(config: SFTConfig, sizes: Create, out: str) -> str:
 class SFTRank:
     """One data-parallel rank."""
 
+    @building
     def __init__(self, config: SFTConfig, start: str, rank: int, address: str, run: str) -> None:
         self.config, self.rank, self.run = config, rank, RunDirectory(run)
-        init_process_group(rank, config.ranks, address, 1800)
+        init_process_group(rank, config.ranks, address, config.deadline_s)
         self.checkpoint = store.load(resolve_path(start), torch.float32, "cuda" if torch.cuda.is_available() else "cpu")
         if config.data == "shapes":
             # Streams far apart, so that no rank's examples are another's or the autoencoder's.
@@ -58,7 +60,7 @@ class SFTRank:
         self.examples = encode_pairs(pairs, self.checkpoint, config.system_prompt)
 
     def train(self) -> str:
-        """Runs the schedule; rank 0 writes metrics and checkpoints. The directory of the last one."""
+        """Trains; rank 0 writes metrics and checkpoints. The directory of the last one."""
         c = self.config
         groups = {
             name: ([p for _, p in pairs], c.lr) for name, pairs in self.checkpoint.policy.parameter_groups().items()
@@ -68,12 +70,9 @@ class SFTRank:
             groups,
             zero_stage=c.zero_stage,
             dtype=c.dtype,
-            betas=(0.9, 0.98),
+            betas=c.betas,
             weight_decay=c.weight_decay,
             grad_clip=c.grad_clip,
-        )
-        schedule = Schedule(
-            c.steps, c.batch, c.copies, c.lr, c.warmup, c.ema_decay, c.shift, c.text_weight, c.save_every
         )
 
         def report(metrics: dict[str, float]) -> None:
@@ -85,5 +84,5 @@ class SFTRank:
                 out = Path(c.out) if step == c.steps else Path(f"{c.out}-{step}")
                 store.save(self.checkpoint, out, {k: v.clone() for k, v in weights.items()})
 
-        train(engine, self.examples, schedule, c.seed * 1000 + self.rank, report, save)
+        train(engine, self.examples, c, c.seed * 1000 + self.rank, report, save)
         return c.out
