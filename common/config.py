@@ -332,7 +332,7 @@ class Learner(Resources):
     """Longest wait for an update or a collective."""
 
 
-class Scorer(Resources):
+class Reward(Resources):
     """One reward: a pool of actors of its own."""
 
     name: str
@@ -423,7 +423,7 @@ class TrainConfig(Section):
     optimizer: Optimizer = Optimizer()
     rollout: Rollout = Rollout()
     learner: Learner = Learner()
-    rewards: Annotated[tuple[Scorer, ...], Field(min_length=1)] = (Scorer(name="shapes"),)
+    rewards: Annotated[tuple[Reward, ...], Field(min_length=1)] = (Reward(name="shapes"),)
     evaluation: Evaluation = Evaluation()
     checkpoints: Checkpoints = Checkpoints()
     recording: Recording = Recording()

@@ -12,7 +12,7 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
-from common import config
+from common.config import Reward
 from common.types import Group, NonFiniteError, Rewards
 from rewards.replicas import Outcome, Replicas
 from rewards.scorer import check
@@ -65,7 +65,7 @@ class RewardPool:
     """The actors of every scorer, supervised from the driver, which handles references and scores only."""
 
     def __init__(
-        self, scorers: tuple[config.Scorer, ...], run_name: str = "", on_nonfinite: Literal["stop", "skip"] = "stop"
+        self, scorers: tuple[Reward, ...], run_name: str = "", on_nonfinite: Literal["stop", "skip"] = "stop"
     ) -> None:
         """Starts the actors, named after the run, and waits until all are up. ConfigError for an unknown reward, bad
         options or missing files; RuntimeError if the cluster has no room."""
@@ -116,7 +116,7 @@ class RewardPool:
         seconds = last - min(ticket.started for ticket in tickets)
         return Scored(total, by_scorer, components, int(failed.sum()), nonfinite, seconds)
 
-    def _nonfinite(self, scorer: config.Scorer, rewards: Iterable[Rewards | None]) -> int:
+    def _nonfinite(self, scorer: Reward, rewards: Iterable[Rewards | None]) -> int:
         count = sum(r.nonfinite for r in rewards if r is not None)
         if count and self._on_nonfinite == "stop":
             raise NonFiniteError(

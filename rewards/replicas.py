@@ -19,9 +19,8 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError
 
-from common import config
 from common.actors import Placement, last_line, not_built, options
-from common.config import ConfigError
+from common.config import ConfigError, Reward
 from common.events import event
 from common.timeline import timed
 from common.types import Group, Rewards
@@ -53,7 +52,7 @@ class Replicas:
     """Starts a scorer's actors. A failed group goes to another replica first; a dead or stuck actor is restarted, on
     another node if its own is gone."""
 
-    def __init__(self, scorer: config.Scorer, run_name: str = "") -> None:
+    def __init__(self, scorer: Reward, run_name: str = "") -> None:
         self.scorer = scorer
         self._run = f"{run_name}-" if run_name else ""
         self._jobs: deque[_Job] = deque()

@@ -16,8 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from common import config
-from common.config import ConfigError, Section
+from common.config import ConfigError, Reward, Section
 from common.recipe import explain
 from common.types import Prompt
 
@@ -105,13 +104,13 @@ def build(name: str, options: Mapping[str, Any]) -> Scorer:
     return scorer_class(name)(check_options(name, options))
 
 
-def check(scorers: Iterable[config.Scorer]) -> None:
+def check(scorers: Iterable[Reward]) -> None:
     """Checks a recipe's rewards, building nothing. ConfigError for the first fault."""
     for scorer in scorers:
         check_options(scorer.name, scorer.options)
 
 
-def check_prompts(scorers: Iterable[config.Scorer], prompts: Iterable[Prompt], file: str) -> None:
+def check_prompts(scorers: Iterable[Reward], prompts: Iterable[Prompt], file: str) -> None:
     """Checks every prompt of a file that they will judge. ConfigError for the first fault."""
     judges = {scorer.name: scorer_class(scorer.name) for scorer in scorers}
     for prompt in prompts:

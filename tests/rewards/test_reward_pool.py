@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import ray
 
-from common.config import ConfigError, Scorer
+from common.config import ConfigError, Reward
 from common.shapes.scene import Item, Scene, render
 from common.types import Chain, Group, ImageSegment, NonFiniteError, Prompt
 from rewards.pool import RewardPool, Scored
@@ -44,7 +44,7 @@ def start(local_ray: None) -> Iterator[Start]:
     def start(*scorers: dict[str, Any], **settings: Any) -> RewardPool:
         for pool in pools:
             pool.close()
-        pools.append(RewardPool(tuple(Scorer(**{"cpus": 0.1, **scorer}) for scorer in scorers), **settings))
+        pools.append(RewardPool(tuple(Reward(**{"cpus": 0.1, **scorer}) for scorer in scorers), **settings))
         return pools[-1]
 
     yield start

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common import config
-from common.config import ConfigError
+from common.config import ConfigError, Reward
 from common.shapes.scene import Item, Scene, render
 from common.types import Prompt
 from rewards.scorer import build, check_options, check_prompts, scorer_class
@@ -87,7 +86,7 @@ def test_bad_options(name: str, options: dict[str, Any], message: str) -> None:
 
 
 def test_check_names_the_prompt_and_the_reward() -> None:
-    scorers = (config.Scorer(name="shapes"),)
+    scorers = (Reward(name="shapes"),)
     check_prompts(scorers, [_prompt()], "a.jsonl")
     with pytest.raises(ConfigError, match=r"a.jsonl: prompt colors-0001: include\[0\].class is 'cube'.* reward shapes"):
         check_prompts(scorers, [_prompt({"tag": "colors", "include": [{"class": "cube", "count": 1}]})], "a.jsonl")
