@@ -68,8 +68,8 @@ def _write_bagel(source: Path, out: Path, dtype: str | None) -> None:
     from safetensors.torch import load_file
 
     from common.bagel import checkpoint as store
-    from common.bagel.tensors import TensorFiles, write_tensors
     from common.bagel.vae import load_vae
+    from common.checkpoint_files import TensorFiles, write_tensors
     from rollout.reasoner_dir import understanding_weights, write_reasoner_dir
 
     config = store.check(source)

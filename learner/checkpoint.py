@@ -21,8 +21,7 @@ import numpy as np
 from safetensors.torch import save_file
 from torch import Tensor
 
-from common.bagel.config import CheckpointError, read_json
-from common.bagel.tensors import read_tensors
+from common.checkpoint_files import CheckpointError, read_json, read_tensors
 from common.lora import plain_weights
 from common.policy import OpenPolicy
 from common.records import write_groups

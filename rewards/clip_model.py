@@ -12,11 +12,11 @@ from typing import Annotated, Any, Self
 from pydantic import Field, model_validator
 
 from common import torchvision_cpu
+from common.checkpoint_files import PICKLES
 from common.config import ConfigError, Count, Section, resolve_path
 
 RANDOM = "random"
 _SAFE = ".safetensors"
-_PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
 _HUB, _DIRECTORY = "hf-hub:", "local-dir:"
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class ClipOptions(Section):
     @property
     def weights_file(self) -> bool:
         """Whether `pretrained` is a path rather than a tag."""
-        return self.pretrained is not None and self.pretrained.endswith((_SAFE, *_PICKLES))
+        return self.pretrained is not None and self.pretrained.endswith((_SAFE, *PICKLES))
 
     @model_validator(mode="after")
     def _sources(self) -> Self:
@@ -133,7 +133,7 @@ def _find_weights(name: str, tag: str | None) -> bool:
 
     if name.startswith(_DIRECTORY):
         files = sorted(Path(name.removeprefix(_DIRECTORY)).iterdir())
-        if pickles := [file.name for file in files if file.suffix in _PICKLES]:
+        if pickles := [file.name for file in files if file.suffix in PICKLES]:
             raise ConfigError(f"reward clip_score: {name} holds the pickle {pickles[0]}, which can run code; remove it")
         if not any(file.suffix == _SAFE for file in files):
             raise ConfigError(f"reward clip_score: {name} holds no {_SAFE} file; put the weights there")

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from common.bagel import vae as vae_ops
 from common.bagel.cfg import Branches, guided_velocity
-from common.bagel.config import BagelConfig, CheckpointError
+from common.bagel.config import BagelConfig
 from common.bagel.decoder import Context
 from common.bagel.policy import BagelPolicy, PackedBatch, pack_batch
-from common.bagel.tensors import SHARD_BYTES, TensorFiles, write_tensors
 from common.bagel.text import ChatTokenizer
 from common.bagel.vae import load_vae, vae_shapes
+from common.checkpoint_files import SHARD_BYTES, CheckpointError, TensorFiles, write_tensors
 from common.config import Cfg
 from common.policy import Guidance, OpenPolicy
 

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from common.config import ConfigError
-
-
-class CheckpointError(ConfigError):
-    """A checkpoint that cannot be used; the message names the file, the entry and the remedy."""
+from common.checkpoint_files import CheckpointError, read_json
 
 
 class _Sizes(BaseModel):
@@ -181,18 +176,3 @@ class BagelConfig(_Sizes):
             first = error.errors()[0]
             field = ".".join(str(part) for part in first["loc"])
             raise CheckpointError(f"{directory}/config.json: {field or 'config'}: {first['msg']}") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; CheckpointError when missing or broken."""
-    try:
-        data = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing; a checkpoint in BAGEL's layout has it") from error
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is not valid JSON (line {error.lineno}: {error.msg})") from error
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path} is not UTF-8 text ({error}); copy it again") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} holds a {type(data).__name__}, not an object")
-    return data

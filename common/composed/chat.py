@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
-from common.bagel.config import CheckpointError
+from common.checkpoint_files import CheckpointError
 from common.config import ConfigError
 
 THINK_END = "</think>"

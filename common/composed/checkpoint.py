@@ -19,8 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from common.bagel.config import CheckpointError, read_json
-from common.bagel.tensors import opened
+from common.checkpoint_files import PICKLES, CheckpointError, opened, read_json
 from common.composed.chat import TemplateChat
 from common.composed.family import Conditioning, Family
 from common.composed.flux import Flux
@@ -35,7 +34,6 @@ FAMILIES: dict[str, type[Family]] = {
     "FluxPipeline": Flux,
     "QwenImagePipeline": QwenImage,
 }
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from common.bagel import checkpoint as store
 from common.bagel.checkpoint import AUTOENCODER, WEIGHTS, Checkpoint
-from common.bagel.config import CheckpointError, VAEConfig
+from common.bagel.config import VAEConfig
 from common.bagel.vae import build_vae, from_diffusers, vae_shapes
+from common.checkpoint_files import CheckpointError
 
 LM_HEAD = "language_model.lm_head.weight"
 

@@ -16,8 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from common.bagel import checkpoint as store
 from common.bagel.checkpoint import WEIGHTS, Checkpoint
-from common.bagel.config import CheckpointError
-from common.bagel.tensors import write_tensors
+from common.checkpoint_files import CheckpointError, read_tensors, write_tensors
 
 INDEX = f"{WEIGHTS}.index.json"
 
@@ -144,8 +143,6 @@ def test_a_header_whose_length_looks_like_a_pickle(tmp_path: Path) -> None:
         if path.read_bytes()[:1] == b"\x80":
             break
     assert path.read_bytes()[:1] == b"\x80"
-    from common.bagel.tensors import read_tensors
-
     assert torch.equal(read_tensors(path)["a"], torch.zeros(1))
 
 

@@ -15,7 +15,7 @@ from golden_numbers import close
 from safetensors.torch import load_file, save_file
 
 from common import lora
-from common.bagel.config import CheckpointError
+from common.checkpoint_files import CheckpointError
 from common.composed.chat import TemplateChat
 from common.config import ConfigError, Lora, Model
 from common.policy import OpenPolicy, open_policy, outline

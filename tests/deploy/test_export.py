@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from common.bagel import checkpoint as store
 from common.bagel.checkpoint import Checkpoint
-from common.bagel.config import CheckpointError
+from common.checkpoint_files import CheckpointError
 from common.config import ConfigError
 from common.rundir import RunDirectory
 from deploy.export import export

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from golden_numbers import CHECKPOINT
 
-from common.bagel.config import CheckpointError
+from common.checkpoint_files import CheckpointError
 from common.config import ConfigError, TrainConfig
 from common.prompts import PromptOrder, read_prompts
 from common.recipe import validate

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from common.bagel import checkpoint as store
-from common.bagel.checkpoint import Checkpoint, CheckpointError
+from common.bagel.checkpoint import Checkpoint
+from common.checkpoint_files import CheckpointError
 from learner import checkpoint as run_checkpoint
 
 BIAS = "vae2llm.bias"

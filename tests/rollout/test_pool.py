@@ -22,7 +22,7 @@ from ray.exceptions import RayActorError
 
 from common.actors import building
 from common.bagel import checkpoint as store
-from common.bagel.config import CheckpointError
+from common.checkpoint_files import CheckpointError
 from common.config import ConfigError, ReasonerResources, TrainConfig, resolve_path
 from common.prompts import PromptOrder, read_prompts
 from common.recipe import load_config

@@ -1,4 +1,6 @@
-"""Safetensors on disk: one file, or shards with an index, read through a memory map and checked by their headers."""
+"""A checkpoint's files: JSON, and safetensors in one file or in shards with an index, which are read through a memory
+map and checked by their headers. Imports torch only to write.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +9,51 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
-from common.bagel.config import CheckpointError, read_json
+from common.config import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 SHARD_BYTES = 5 << 30
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # What a zip archive (torch.save) and a bare pickle begin with.
 _PICKLED = (b"PK\x03\x04", b"\x80")
 _REMEDY = "convert it to safetensors on the machine that made it"
+
+
+class CheckpointError(ConfigError):
+    """A checkpoint that cannot be used; the message names the file, the entry and the remedy."""
+
+
+def _missing(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path} is missing; copy it again, or give another checkpoint")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; CheckpointError when missing or broken."""
+    try:
+        data = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise _missing(path) from error
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is not valid JSON (line {error.lineno}: {error.msg})") from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is not UTF-8 text ({error}); copy it again") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} holds a {type(data).__name__}, not an object")
+    return data
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
     """A safetensors file, memory-mapped. CheckpointError if it is missing, truncated or something else."""
     if not path.exists():
-        raise CheckpointError(f"{path} is missing; a checkpoint in BAGEL's layout has it")
+        raise _missing(path)
     with path.open("rb") as file:
         # A safetensors header is JSON behind its length in 8 bytes, which may look like the start of a pickle.
         start = file.read(9)
@@ -67,13 +93,13 @@ class TensorFiles:
             index = directory / f"{name}.index.json"
             if index.exists():
                 return cls._sharded(index)
-        pickles = sorted(path for path in directory.glob("*") if path.suffix in _PICKLES)
+        pickles = sorted(path for path in directory.glob("*") if path.suffix in PICKLES)
         if pickles:
             raise CheckpointError(
                 f"{directory / names[0]} is missing; {pickles[0].name} beside it is a pickle, which can run code, and "
                 f"is not read; {_REMEDY}"
             )
-        raise CheckpointError(f"{directory / names[0]} is missing; a checkpoint in BAGEL's layout has it")
+        raise _missing(directory / names[0])
 
     @classmethod
     def _sharded(cls, index: Path) -> TensorFiles:
@@ -137,6 +163,8 @@ def write_tensors(
 ) -> None:
     """One file, or, above shard_bytes, shards named after it with an index; one shard at a time is in host memory.
     dtype: to convert to; without it every tensor keeps its own."""
+    from safetensors.torch import save_file
+
     sizes = {name: tensor.numel() * (dtype or tensor.dtype).itemsize for name, tensor in tensors.items()}
     shards: list[list[str]] = [[]]
     filled = 0
