@@ -49,6 +49,23 @@ def replacing(path: Path) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
+@contextmanager
+def replacing_directory(path: Path, new: bool = False) -> Iterator[Path]:
+    """The same for a directory, which is there and empty when it is yielded. new: OSError if `path` is taken by the
+    time that it is whole; else what was there is removed once the new one is in its place."""
+    aside, old = (path.with_name(f".{path.name}.{os.getpid()}.{which}.partial") for which in ("new", "old"))
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        if path.exists() and not new:
+            path.rename(old)
+        aside.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def dump_json(value: Any, indent: int | None = None) -> bytes:
     """JSON in UTF-8. NaN and infinities become null; numpy scalars and arrays become numbers and lists."""
     return to_json(value, indent=indent, inf_nan_mode="null", fallback=_from_numpy)
@@ -151,17 +168,13 @@ class RunDirectory:
         taken = ConfigError(f"{self.path} exists already; give another run_name, or --resume to continue that run")
         if self.path.exists():
             raise taken
-        aside = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
-        aside.mkdir(parents=True)
         try:
-            (aside / "config.yaml").write_text(config_yaml, encoding="utf-8")
-            aside.rename(self.path)
+            with replacing_directory(self.path, new=True) as aside:
+                (aside / "config.yaml").write_text(config_yaml, encoding="utf-8")
         except OSError as error:
             if self.path.exists():
                 raise taken from error
             raise
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
         return self
 
     def open(self) -> RunDirectory:

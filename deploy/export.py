@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 
 from common.config import ConfigError
-from common.rundir import RunDirectory
+from common.rundir import RunDirectory, replacing_directory
 
 
 def export(run: RunDirectory, out: Path, step: int | None = None, dtype: str | None = None) -> Path:
@@ -24,8 +23,7 @@ def export(run: RunDirectory, out: Path, step: int | None = None, dtype: str | N
     if out.exists():
         raise ConfigError(f"{out} exists already; give a directory that does not")
     source = _checkpoint(run, step) / "policy"
-    aside = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    try:
+    with replacing_directory(out, new=True) as aside:
         # A composed policy has one config in each of its halves.
         if (source / "config.json").is_file():
             _write_bagel(source, aside, dtype)
@@ -34,16 +32,13 @@ def export(run: RunDirectory, out: Path, step: int | None = None, dtype: str | N
                 f"--dtype is {dtype}; a composed policy is exported in the types of its files, leave it out"
             )
         else:
-            shutil.copytree(source, aside)
+            shutil.copytree(source, aside, dirs_exist_ok=True)
         origin = {
             "run": run.path.name,
             "step": int(source.parent.name.rpartition("-")[2]),
             "dtype": dtype or "as trained",
         }
         (aside / "export.json").write_text(json.dumps(origin, indent=2))
-        aside.rename(out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return out
 
 
@@ -74,7 +69,7 @@ def _write_bagel(source: Path, out: Path, dtype: str | None) -> None:
 
     config = store.check(source)
     type_ = getattr(torch, dtype) if dtype else None
-    shutil.copytree(source, out, ignore=lambda _, names: [name for name in names if name.startswith("ema")])
+    shutil.copytree(source, out, ignore=shutil.ignore_patterns("ema*"), dirs_exist_ok=True)
     files = TensorFiles.find(source, store.WEIGHTS)
     write_tensors(dict(files.read(files.files)), out / store.WEIGHTS, dtype=type_)
 

@@ -25,6 +25,7 @@ from common.checkpoint_files import CheckpointError, read_json, read_tensors
 from common.lora import plain_weights
 from common.policy import OpenPolicy
 from common.records import write_groups
+from common.rundir import replacing_directory
 from common.types import Group
 
 log = logging.getLogger(__name__)
@@ -44,17 +45,10 @@ def write(
     """Writes one checkpoint and removes all of its siblings but the newest `keep` and the one with the highest
     `reward` in its state. On an error nothing is left of it, and every other one stays. weights: the policy's
     state dict, at least what optimizer holds no masters of; in_flight: finished groups of steps to come."""
-    aside = directory.with_name(directory.name + PARTIAL)
     for left in directory.parent.glob(f"*{PARTIAL}"):  # by a process that was killed
         shutil.rmtree(left)
-    try:
+    with replacing_directory(directory) as aside:
         _write_files(aside, opened, weights, optimizer, state, in_flight or {})
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    if directory.exists():
-        _remove(directory)
-    aside.rename(directory)
     whole = _written(directory.parent)
     best = max(whole, key=lambda p: read_state(p).get("reward") or -math.inf)
     for old in whole[:-keep]:
@@ -77,7 +71,6 @@ def _write_files(
     state: dict[str, Any],
     in_flight: Mapping[int, Sequence[Group]],
 ) -> None:
-    aside.mkdir(parents=True)
     for step, groups in in_flight.items():
         unscored = np.full((len(groups), len(groups[0].chains)), np.nan)
         write_groups(in_flight_file(aside, step), groups, unscored, {}, unscored, latents=True)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+
+from common.rundir import replacing_directory
 
 _PREFIX = "language_model."
 _GENERATION_EXPERT = "_moe_gen"
@@ -120,18 +120,9 @@ def write_reasoner_dir(
     """
     path = Path(path)
     shapes = reasoner_shapes(llm_config)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.new")
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
-    aside.mkdir(parents=True)
-    try:
+    with replacing_directory(path) as aside:
         (aside / "config.json").write_text(json.dumps(reasoner_config(llm_config), indent=1))
         save_weights(checked_weights(weights, shapes), aside / "model.safetensors")
-        if path.exists():
-            path.rename(old)
-        aside.rename(path)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def save_weights(weights: Iterable[tuple[str, torch.Tensor]], path: str | Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -23,6 +22,7 @@ from common.bagel.vae import load_vae, vae_shapes
 from common.checkpoint_files import SHARD_BYTES, CheckpointError, TensorFiles, write_tensors
 from common.config import Cfg
 from common.policy import Guidance, OpenPolicy
+from common.rundir import replacing_directory
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -195,26 +195,21 @@ def save(
 ) -> None:
     """Writes the layout to a new directory: aside first, then renamed. weights replaces the policy's own; above
     shard_bytes they are written as shards."""
-    aside = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    tensors = {**checkpoint.carried, **(weights or checkpoint.policy.state_dict())}
-    if checkpoint.config.llm_config.tie_word_embeddings:
-        tensors.pop(HEAD, None)
-    write_tensors(tensors, aside / WEIGHTS, shard_bytes)
-    write_tensors(checkpoint.autoencoder, aside / AUTOENCODER, shard_bytes)
-    for name, content in checkpoint.extras.items():
-        (aside / name).write_bytes(content)
-    if not checkpoint.extras:
-        config = _release_config(checkpoint.config)
-        for name, data in (("config", config), ("llm_config", config["llm_config"])):
-            (aside / f"{name}.json").write_text(json.dumps(data, indent=2))
-        checkpoint.chat.tokenizer.save(str(aside / "tokenizer.json"))
-    for file in aside.iterdir():
-        file.chmod(0o644)
-    if directory.exists():
-        shutil.rmtree(directory)
-    aside.rename(directory)
+    with replacing_directory(directory) as aside:
+        tensors = {**checkpoint.carried, **(weights or checkpoint.policy.state_dict())}
+        if checkpoint.config.llm_config.tie_word_embeddings:
+            tensors.pop(HEAD, None)
+        write_tensors(tensors, aside / WEIGHTS, shard_bytes)
+        write_tensors(checkpoint.autoencoder, aside / AUTOENCODER, shard_bytes)
+        for name, content in checkpoint.extras.items():
+            (aside / name).write_bytes(content)
+        if not checkpoint.extras:
+            config = _release_config(checkpoint.config)
+            for name, data in (("config", config), ("llm_config", config["llm_config"])):
+                (aside / f"{name}.json").write_text(json.dumps(data, indent=2))
+            checkpoint.chat.tokenizer.save(str(aside / "tokenizer.json"))
+        for file in aside.iterdir():
+            file.chmod(0o644)
 
 
 def _release_config(config: BagelConfig) -> dict[str, Any]:

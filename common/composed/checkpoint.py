@@ -28,6 +28,7 @@ from common.composed.qwen_image import QwenImage
 from common.composed.sd3 import SD3
 from common.composed.source import INDEX, PIPELINE, REASONER, Source
 from common.policy import Guidance, OpenPolicy, Outline
+from common.rundir import replacing_directory
 
 FAMILIES: dict[str, type[Family]] = {
     "StableDiffusion3Pipeline": SD3,
@@ -86,22 +87,18 @@ class Composed(OpenPolicy):
     def save(self, directory: Path, weights: dict[str, Tensor] | None = None) -> None:
         """Both halves under one directory, each readable by its own library; frozen parts are linked where the file
         system can, copied where it cannot."""
-        aside = directory.with_name(directory.name + ".partial")
-        shutil.rmtree(aside, ignore_errors=True)
         tensors = weights or self.policy.state_dict()
-        _write_half(self.source.reasoner, aside / REASONER, tensors, self.policy.reasoner, "reasoner.", "model")
-        _copy(self.source.pipeline, aside / PIPELINE, skip="transformer")
-        _write_half(
-            self.source.pipeline / "transformer",
-            aside / PIPELINE / "transformer",
-            tensors,
-            self.policy.transformer,
-            "transformer.",
-            "diffusion_pytorch_model",
-        )
-        if directory.exists():
-            shutil.rmtree(directory)
-        aside.rename(directory)
+        with replacing_directory(directory) as aside:
+            _write_half(self.source.reasoner, aside / REASONER, tensors, self.policy.reasoner, "reasoner.", "model")
+            _copy(self.source.pipeline, aside / PIPELINE, skip="transformer")
+            _write_half(
+                self.source.pipeline / "transformer",
+                aside / PIPELINE / "transformer",
+                tensors,
+                self.policy.transformer,
+                "transformer.",
+                "diffusion_pytorch_model",
+            )
 
 
 def check(source: Source) -> Outline:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import sys
 from collections import Counter
@@ -14,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.rundir import replacing
 from common.shapes.requests import Request, requests
 
 DATA = Path(__file__).parent / "data"
@@ -102,9 +102,8 @@ def make_prompts(seed: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, An
 
 def write(records: Sequence[dict[str, Any]], path: Path) -> None:
     """Write records as JSON lines: aside first, then renamed, so that readers never see a part."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    aside.replace(path)
+    with replacing(path) as aside:
+        aside.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
 def load(path: Path) -> list[dict[str, Any]]:
@@ -115,7 +114,6 @@ def load(path: Path) -> list[dict[str, Any]]:
 def main(directory: str) -> None:
     """Write both lists into a directory, created if need be."""
     target = Path(directory)
-    target.mkdir(parents=True, exist_ok=True)
     for name, records in zip(("train", "heldout"), make_prompts(), strict=True):
         write(records, target / f"{name}.jsonl")
         print(f"{target / name}.jsonl: {len(records)} prompts {dict(Counter(r['tag'] for r in records))}")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from common.config import ConfigError
-from common.rundir import RunDirectory, replacing
+from common.rundir import RunDirectory, replacing, replacing_directory
 
 
 @pytest.fixture
@@ -60,6 +60,18 @@ def test_a_failed_write_keeps_the_old_file(run: RunDirectory) -> None:
         raise RuntimeError
     assert run.config.read_text() == "steps: 3\n"
     assert [p.name for p in run.path.iterdir()] == ["config.yaml"]
+
+
+def test_a_directory_is_replaced_whole_or_not_at_all(run: RunDirectory) -> None:
+    for failed in (RuntimeError, OSError):
+        with pytest.raises(failed), replacing_directory(run.path, new=failed is OSError) as aside:
+            (aside / "half").touch()
+            if failed is RuntimeError:
+                raise RuntimeError
+        assert [p.name for p in run.path.parent.rglob("*")] == ["demo", "config.yaml"]
+    with replacing_directory(run.path) as aside:
+        (aside / "new").touch()
+    assert [p.name for p in run.path.parent.rglob("*")] == ["demo", "new"]
 
 
 def test_metrics_round_trip_with_null_for_nan(run: RunDirectory) -> None:

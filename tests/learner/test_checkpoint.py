@@ -74,6 +74,15 @@ def test_the_newest_and_the_best_are_kept(
     assert [p.name for p in tmp_path.iterdir()] == ["step-000101"]
 
 
+def test_a_damaged_checkpoint_is_written_again(
+    golden_checkpoint: Checkpoint, masters: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    damaged = write(tmp_path, golden_checkpoint, masters, 5)
+    (damaged / "state.json").write_text("{}")
+    run_checkpoint.verify(write(tmp_path, golden_checkpoint, masters, 5))
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000005"]
+
+
 def test_an_interrupted_write_is_never_taken(
     golden_checkpoint: Checkpoint,
     masters: dict[str, torch.Tensor],
