@@ -6,7 +6,6 @@ actor or in most tests, that does nothing.
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 from collections.abc import Iterator, Mapping
@@ -63,17 +62,6 @@ def journal(path: Path, also: TextIO | None = None) -> Iterator[None]:
             yield
         finally:
             _journal = None
-
-
-def read_events(path: Path) -> list[dict[str, Any]]:
-    """All events in order; none if there is no file. Lines that a kill has cut off are left out."""
-    found = []
-    for line in path.read_bytes().splitlines() if path.exists() else ():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
 
 
 class _Journal:

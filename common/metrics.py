@@ -268,8 +268,3 @@ def gauge(key: str) -> tuple[str, dict[str, str]]:
     if key not in METRICS and describe(key):
         return "unigrpo_reward_of_scorer", {"scorer": key.removeprefix("reward/")}
     return "unigrpo_" + re.sub(r"\W", "_", key), {}
-
-
-def exported() -> set[str]:
-    """Names of all gauges as Prometheus sees them."""
-    return {f"ray_{gauge(key.replace('<scorer>', 'any'))[0]}" for key in METRICS}

@@ -148,8 +148,8 @@ class RunDirectory:
     def report(self) -> Path:
         return self.path / "report.html"
 
-    def rollout_file(self, step: int, rank: int) -> Path:
-        return self.rollouts / f"step-{step:06d}-rank{rank}.parquet"
+    def rollout_file(self, step: int) -> Path:
+        return self.rollouts / f"step-{step:06d}-rank0.parquet"
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:06d}"

@@ -55,7 +55,7 @@ def steps(session: Session, first: int, began: float) -> Iterator[int]:
             acknowledged_s = rollout.sync(learner.publish())
 
         if config.recording.rollouts_every and step % config.recording.rollouts_every == 0:
-            learner.record(run.rollout_file(step, 0), batch.refs, scored.total, dict(scored.by_scorer))
+            learner.record(run.rollout_file(step), batch.refs, scored.total, dict(scored.by_scorer))
         metrics = {**updated, "weights/sync_s": acknowledged_s, **_describe(scored, batch, session, updated, clock)}
         session.record(step, metrics)
 

@@ -256,10 +256,9 @@ class LearnerRank:
     def record(
         self, path: str, refs: list[ray.ObjectRef], rewards: NDArray[np.float64], by_scorer: dict[str, NDArray]
     ) -> None:
-        """Rank 0 writes the groups of the last update as Parquet, with the advantages that it used."""
-        if self.rank == 0:
-            advantages = self.advantages.values
-            write_groups(Path(path), ray.get(refs), rewards, by_scorer, advantages, self.config.recording.latents)
+        """Writes the groups of the last update as Parquet, with the advantages that it used; called on rank 0 alone."""
+        advantages = self.advantages.values
+        write_groups(Path(path), ray.get(refs), rewards, by_scorer, advantages, self.config.recording.latents)
 
     def save(self, directory: str, state: dict[str, Any], in_flight: dict[int, list[ray.ObjectRef]]) -> str | None:
         """Copies what a run checkpoint holds (collective), which rank 0 then writes in the background; state is the

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 import uuid
 from dataclasses import dataclass, replace
@@ -101,10 +100,6 @@ class RolloutReplica:
     def ping(self) -> str:
         """Answers when the replica is built: which start of the actor this is."""
         return self.start
-
-    def pid(self) -> int:
-        """The actor's process."""
-        return os.getpid()
 
     def close(self) -> None:
         """Stops vLLM where it runs in this process, which may then start another."""

@@ -33,7 +33,6 @@ TAGS: tuple[str, ...] = (
 )  # fmt: skip
 ANY = "object"  # the class that every blob belongs to
 UNKNOWN = "unknown"  # the shape of a blob that looks like none of SHAPES
-MAX_ITEMS = len(CELLS)
 
 
 @dataclass(frozen=True)

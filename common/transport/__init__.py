@@ -42,11 +42,9 @@ class Publication(Protocol):
 class Receiver(Protocol):
     """A replica's end."""
 
-    def receive(
-        self, manifest: WeightManifest, held: WeightManifest | None, ticket: Any
-    ) -> Iterator[tuple[int, Tensor]]:
-        """Index and bytes [n] of at least the buckets that differ from what is held (None: nothing), valid until
-        the next. TransportError."""
+    def receive(self, manifest: WeightManifest, held: WeightManifest, ticket: Any) -> Iterator[tuple[int, Tensor]]:
+        """Index and bytes [n] of at least the buckets that differ from what is held, valid until the next.
+        TransportError."""
 
 
 def receiver(config: TrainConfig, device: torch.device) -> Receiver:

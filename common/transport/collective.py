@@ -147,9 +147,7 @@ class CollectiveReceiver:
         self._group: Group | None = None
         self._scratch = torch.empty(0, dtype=torch.uint8, device=device)
 
-    def receive(
-        self, manifest: WeightManifest, held: WeightManifest | None, ticket: Ticket
-    ) -> Iterator[tuple[int, Tensor]]:
+    def receive(self, manifest: WeightManifest, held: WeightManifest, ticket: Ticket) -> Iterator[tuple[int, Tensor]]:
         group, self._group = self._group, None
         try:
             store = _connect(ticket.address)

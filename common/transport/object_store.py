@@ -45,7 +45,7 @@ class ObjectStoreReceiver:
     """Maps one bucket after the other."""
 
     def receive(
-        self, manifest: WeightManifest, held: WeightManifest | None, ticket: list[ray.ObjectRef]
+        self, manifest: WeightManifest, held: WeightManifest, ticket: list[ray.ObjectRef]
     ) -> Iterator[tuple[int, Tensor]]:
         for index in manifest.changed_since(held):
             yield index, as_tensor(ray.get(ticket[index]))

@@ -52,7 +52,7 @@ def _check_groups(run: RunDirectory, config: TrainConfig) -> list[str]:
     problems = []
     order = PromptOrder(read_prompts(resolve_path(config.data.train)), config.data.prompts_per_step, config.seed)
     for step in range(config.steps):
-        path = run.rollout_file(step, 0)
+        path = run.rollout_file(step)
         if not path.exists():
             problems.append(f"{path.name} is missing")
             continue

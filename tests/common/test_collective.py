@@ -22,6 +22,7 @@ NAMES = tuple("abcd")
 SIZE = 1_000_000  # more than the sockets buffer, so that a sender notices who is not there
 CPU = torch.device("cpu")
 WAIT_S = 120.0
+NOTHING = WeightManifest(-1, "float32", ())
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not find test modules
 
 
@@ -67,10 +68,10 @@ class Member:
     def __init__(self) -> None:
         self.receiver = CollectiveReceiver(CPU, WAIT_S)
         self.weights = {name: torch.zeros(SIZE) for name in NAMES}
-        self.held: WeightManifest | None = None
+        self.held = NOTHING
 
     def load(self, manifest: WeightManifest, ticket: Ticket) -> tuple[list[str], str]:
-        before, self.held, names = self.held, None, []
+        before, self.held, names = self.held, NOTHING, []
         for index, flat in self.receiver.receive(manifest, before, ticket):
             for name, tensor in unpack(manifest.buckets[index], flat, torch.float32):
                 self.weights[name].copy_(tensor)
@@ -84,7 +85,7 @@ class DyingMember(Member):
     """Dies as soon as the first bucket is there."""
 
     def load(self, manifest: WeightManifest, ticket: Ticket) -> tuple[list[str], str]:
-        next(self.receiver.receive(manifest, None, ticket))
+        next(self.receiver.receive(manifest, NOTHING, ticket))
         os._exit(1)
 
 

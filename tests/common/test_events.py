@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from journals import read_events
 
-from common.events import EVENTS, event, journal, read_events
+from common.events import EVENTS, event, journal
 
 
 def test_an_event_is_a_line_in_the_file_and_in_the_log(tmp_path: Path) -> None:

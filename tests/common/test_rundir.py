@@ -39,7 +39,7 @@ def test_paths_follow_the_documented_layout(run: RunDirectory) -> None:
     def relative(path: Path) -> str:
         return path.relative_to(run.path).as_posix()
 
-    assert relative(run.rollout_file(10, 0)) == "rollouts/step-000010-rank0.parquet"
+    assert relative(run.rollout_file(10)) == "rollouts/step-000010-rank0.parquet"
     assert relative(run.checkpoint(20)) == "checkpoints/step-000020"
     assert relative(run.evaluation_file(0)) == "eval/step-000000.json"
     assert relative(run.samples_file(0)) == "eval/step-000000.parquet"

@@ -87,7 +87,7 @@ def write_step(run: RunDirectory, config: TrainConfig, step: int, version: int |
         for request in training_requests(config, order, step if of < 0 else of)
     ]
     zeros = np.zeros((len(groups), config.data.group_size))
-    write_groups(run.rollout_file(step, 0), groups, zeros, {}, zeros, latents=False)
+    write_groups(run.rollout_file(step), groups, zeros, {}, zeros, latents=False)
 
 
 def test_a_calm_run_has_no_problems(run: RunDirectory, config: TrainConfig) -> None:
@@ -112,7 +112,7 @@ DAMAGE: dict[str, tuple[Damage, str]] = {
     "groups trained twice": (lambda run, config: write_step(run, config, 2, of=1), "other groups than its own"),
     "groups from later weights": (lambda run, config: write_step(run, config, 1, version=2), r"versions \[2\]"),
     "groups too stale": (lambda run, config: write_step(run, config, 1, version=0), r"versions \[0\]"),
-    "a record missing": (lambda run, _: run.rollout_file(1, 0).unlink(), "is missing"),
+    "a record missing": (lambda run, _: run.rollout_file(1).unlink(), "is missing"),
     "a damaged checkpoint": (
         lambda run, _: (run.checkpoint(STEPS) / "state.json").write_text("{}"),
         "no whole checkpoint of the last step",

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from journals import read_events
 from PIL import Image
 from safetensors.numpy import load_file
 
 from common.config import ConfigError, resolve_path
-from common.events import read_events
 from common.metrics import METRICS, describe
 from common.recipe import load_config
 from common.records import read_groups
@@ -138,7 +138,7 @@ def test_both_halves_are_trained_and_published(whole: RunDirectory) -> None:
 def test_rollouts_are_recorded_with_the_version_they_were_made_with(whole: RunDirectory) -> None:
     window = load_config(str(whole.config)).sampling.window_size
     for step in range(3):
-        groups = read_groups(whole.rollout_file(step, 0))
+        groups = read_groups(whole.rollout_file(step))
         assert len(groups) == 4
         for group, rewards, advantages in groups:
             assert len(group.chains) == len(rewards) == 4

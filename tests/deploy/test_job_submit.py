@@ -24,9 +24,9 @@ from typing import Any
 
 import psutil
 import pytest
+from journals import read_events
 
 from common.config import REPOSITORY, ConfigError
-from common.events import read_events
 from common.recipe import load_config
 from common.rundir import RunDirectory
 from common.runtime import SUBMITTED_WITH, check_versions, free_port, versions

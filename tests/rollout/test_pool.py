@@ -68,6 +68,10 @@ def submit(pool: RolloutPool, config: TrainConfig) -> Batch:
     return pool.submit(training_requests(config, order, 3))
 
 
+def pids_of(pool: RolloutPool) -> list[int]:
+    return ray.get([replica.handle.__ray_call__.remote(lambda _: os.getpid()) for replica in pool.replicas])
+
+
 def until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + DEADLINE_S
     while not condition():
@@ -110,7 +114,7 @@ def test_a_hung_and_a_killed_replica_are_restarted_and_given_the_weights(
     until(lambda: pool.serving == 2)
     calm, restarts = collect(pool, config), pool.restarts
     hung, killed = pool.replicas
-    pids = [ray.get(replica.handle.pid.remote()) for replica in pool.replicas]
+    pids = pids_of(pool)
     os.kill(pids[0], signal.SIGSTOP)
     os.kill(pids[1], signal.SIGKILL)
     batch = submit(pool, config)
@@ -159,7 +163,7 @@ def test_groups_that_are_being_made_go_on_with_the_weights_of_an_update(pool: Ro
 
 def test_a_publication_pauses_the_calls_under_way(pool: RolloutPool, config: TrainConfig) -> None:
     until(lambda: pool.serving == 2)
-    pids = [ray.get(replica.handle.pid.remote()) for replica in pool.replicas]
+    pids = pids_of(pool)
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
     batch, weights = submit(pool, config), pool.weights
