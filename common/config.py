@@ -13,6 +13,7 @@ from common.contradictions import contradictions
 from common.hardware import cpu_has_bfloat16
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+MOST_REQUESTS = 256  # of a reasoner, decoded at once
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -194,6 +195,11 @@ class Objective(Section):
     """Passes over a step's chains (the paper: 2)."""
     minibatches: Count = 1
     """Optimizer steps per pass."""
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether the update asks the starting policy, too."""
+        return self.regulariser != "none" or bool(self.text_kl)
 
 
 class ParameterGroup(Section):
@@ -436,6 +442,11 @@ class TrainConfig(Section):
     @property
     def chains_per_step(self) -> int:
         return self.data.prompts_per_step * self.data.group_size
+
+    @property
+    def reasoner_batch(self) -> int:
+        """Most requests that a replica's reasoner decodes at once."""
+        return min(MOST_REQUESTS, self.rollout.groups_per_call * self.data.group_size)
 
     @property
     def replica_bounds(self) -> tuple[int, int]:

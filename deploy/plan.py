@@ -17,8 +17,6 @@ from deploy.preflight import demands
 GB = 1e9
 # What large matrix products, and reads of all weights, were seen to reach of a data sheet's rates.
 MATRIX_EFFICIENCY, READ_EFFICIENCY = 0.5, 0.7
-# Most requests that a replica's reasoner decodes at once.
-REASONER_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ def _engine(config: TrainConfig, sizes: Sizes, device: Device | None) -> tuple[d
     chain = chain_shape(config, sizes)
     weights = sizes.reasoner * width / rollout.tensor_parallel
     sequence = chain.text * sizes.kv_numbers * width / rollout.tensor_parallel
-    batch = min(REASONER_BATCH, rollout.groups_per_call * config.data.group_size)
+    batch = config.reasoner_batch
     if not rollout.gpus:
         cache = float(rollout.kv_cache_mb << 20)
     elif device is None:
@@ -113,7 +111,7 @@ def learner_memory(config: TrainConfig, sizes: Sizes) -> ActorMemory:
     """One rank. ZeRO shards masters and moments over ranks, from stage 2 the gradients, from stage 3 the weights."""
     learner, width = config.learner, number_bytes(config.learner.dtype)
     trained, ranks, stage = sum(sizes.counts.trainable.values()), learner.ranks, learner.zero_stage
-    on_host = uses_reference(config) and learner.reference_on_host and not learner.lora
+    on_host = config.objective.uses_reference and learner.reference_on_host and not learner.lora
     micro = min(learner.chains_per_micro_batch, -(-config.chains_per_step // ranks))
     activations = micro * sizes.training_bytes(chain_shape(config, sizes), width, learner.activation_checkpointing)
     # The step turns one role's gradients after the other into fp32; the activations are gone by then.
@@ -134,14 +132,9 @@ def learner_memory(config: TrainConfig, sizes: Sizes) -> ActorMemory:
     )
 
 
-def uses_reference(config: TrainConfig) -> bool:
-    """Whether the update asks the starting policy, too."""
-    return config.objective.regulariser != "none" or bool(config.objective.text_kl)
-
-
 def holds_reference(config: TrainConfig) -> bool:
     """Whether a rank has a second policy on its device; adapters are switched off instead."""
-    return uses_reference(config) and not config.learner.reference_on_host and not config.learner.lora
+    return config.objective.uses_reference and not config.learner.reference_on_host and not config.learner.lora
 
 
 def actor_memory(config: TrainConfig, sizes: Sizes, device: Device | None = None) -> list[ActorMemory]:
@@ -186,7 +179,7 @@ def _rollout_time(config: TrainConfig, sizes: Sizes, device: Device, tokens: int
     rollout, width = config.rollout, number_bytes(config.rollout.dtype)
     chain = chain_shape(config, sizes, tokens)
     chains = config.chains_per_step / rollout.replicas
-    batch = min(REASONER_BATCH, chains, rollout.groups_per_call * config.data.group_size)
+    batch = min(config.reasoner_batch, chains)
     tensor = rollout.tensor_parallel
     read = (sizes.reasoner + batch * chain.text * sizes.kv_numbers) * width / tensor
     iteration = max(
@@ -206,7 +199,7 @@ def _update_time(config: TrainConfig, sizes: Sizes, device: Device, tokens: int 
     forward = sizes.read_flops(chain.text, chain.scored) + chain.window * sizes.draw_flops(chain.image, chain.text)
     # Forward, gradients of what a layer takes, those of its weights unless they are frozen, forward again.
     passes = objective.epochs * (2 + (not learner.lora) + learner.activation_checkpointing)
-    passes += (objective.epochs * objective.minibatches > 1) + uses_reference(config)
+    passes += (objective.epochs * objective.minibatches > 1) + objective.uses_reference
     return config.chains_per_step / learner.ranks * passes * forward / _rate(device)
 
 

@@ -55,13 +55,12 @@ class LearnerRank:
         policy, o = self.checkpoint.policy, config.objective
         if config.learner.lora:
             lora.add_adapters(policy, config.learner.lora)
-        compared = o.regulariser != "none" or bool(o.text_kl)
         self.reference: Callable[..., PolicyOutput] | None = None
-        if compared and config.learner.lora:
+        if o.uses_reference and config.learner.lora:
             self.reference = lora.reference_of(policy)
-        elif compared and config.learner.reference_on_host:
+        elif o.uses_reference and config.learner.reference_on_host:
             self.reference = HostReference(policy)
-        elif compared:
+        elif o.uses_reference:
             # The checkpoint the run started from. Its parameters keep requires_grad although nothing trains them:
             # torch picks other kernels without it, and the distance of equal weights must be exactly 0.
             reference = open_policy(config.model, dtype, device, frozen=None).policy.eval()

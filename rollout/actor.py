@@ -84,7 +84,7 @@ class RolloutReplica:
             "eos_token_id": self.checkpoint.chat.end,
             "dtype": self.dtype,
             "max_model_len": sampling.max_prompt_tokens + sampling.max_tokens,
-            "max_batch": min(256, rollout.groups_per_call * self.config.data.group_size),
+            "max_batch": self.config.reasoner_batch,
             "memory_bytes": rollout.kv_cache_mb << 20,
             "tensor_parallel": rollout.tensor_parallel,
             "gpu_memory_utilization": rollout.gpu_memory_utilization,
