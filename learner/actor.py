@@ -53,8 +53,7 @@ class LearnerRank:
         dtype, frozen = (getattr(torch, room.dtype) for room in (config.learner, config.rollout))
         self.checkpoint = open_policy(config.model, dtype, device, frozen)
         policy, o = self.checkpoint.policy, config.objective
-        if config.learner.lora:
-            lora.add_adapters(policy, config.learner.lora)
+        parameters.choose(policy, config.learner, config.optimizer)
         self.reference: Callable[..., PolicyOutput] | None = None
         if o.uses_reference and config.learner.lora:
             self.reference = lora.reference_of(policy)
@@ -70,7 +69,6 @@ class LearnerRank:
         clip = flow.image_clip(o.image_clip, rows * cols * self.checkpoint.token_dim)
         if config.learner.activation_checkpointing:
             policy.recompute_activations()
-        parameters.freeze(policy, config.optimizer.frozen)
         groups = parameters.groups(policy, config.optimizer)
         self.rates = {name: rate for name, rate in parameters.rates(config.optimizer).items() if name in groups}
         self.named = [pair for pairs in groups.values() for pair in pairs]
