@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.composed.source import composed_source
@@ -53,6 +54,12 @@ class PolicyOutput:
     logprobs: Tensor
     entropy: Tensor
     velocity: Tensor
+
+
+def score_logits(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """logits [P, V] -> log p(target) [P] and entropy [P] of the tempered softmax, fp32."""
+    logp = F.log_softmax(logits.float() / temperature, -1)
+    return logp.gather(-1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
 
 class Policy(nn.Module, ABC):

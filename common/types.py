@@ -178,4 +178,9 @@ class RolloutStats:
 def chain_seed(run_seed: int, step: int, prompt_index: int, chain_index: int) -> int:
     """A seed that no other chain of the run has: noise and sampling depend on it alone, so that any replica redraws
     the same chain, and a resumed run continues as if it had not stopped."""
-    return int(np.random.SeedSequence([run_seed, step, prompt_index, chain_index]).generate_state(1, np.uint64)[0] >> 2)
+    return derived_seed(run_seed, step, prompt_index, chain_index)
+
+
+def derived_seed(*numbers: int) -> int:
+    """A seed of 62 bits for a stream of its own for these numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 2)

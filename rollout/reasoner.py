@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 
 from common.scratch import scratch
+from common.types import derived_seed
 from rollout.reasoner_dir import (
     checked_weights,
     read_config,
@@ -316,4 +316,4 @@ def start_reasoner(described: dict[str, Any] | Path, **options: Any) -> Reasoner
 
 def _seed_after(seed: int, tokens: int) -> int:
     """Another stream for what follows a pause: the first tokens have used up the beginning of their own."""
-    return int(np.random.SeedSequence([seed, tokens]).generate_state(1, np.uint64)[0] >> 2) if tokens else seed
+    return derived_seed(seed, tokens) if tokens else seed

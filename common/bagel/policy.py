@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.bagel import cfg as guidance
@@ -19,7 +18,7 @@ from common.bagel.decoder import Context, Decoder, Packing
 from common.bagel.vit import MLP, VisionTower
 from common.config import Cfg
 from common.lora import plain_weights
-from common.policy import Policy, PolicyOutput
+from common.policy import Policy, PolicyOutput, score_logits
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -157,8 +156,7 @@ class BagelPolicy(Policy):
 
     def score(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """hidden [P, H], targets [P] -> log p(target) [P] and entropy [P] of the tempered softmax, fp32."""
-        logp = F.log_softmax(self.language_model.lm_head(hidden).float() / temperature, -1)
-        return logp.gather(-1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+        return score_logits(self.language_model.lm_head(hidden), targets, temperature)
 
     def token_logprobs(self, texts: list[list[int]]) -> list[Tensor]:
         """log p of every token after the first, one fp32 tensor [len - 1] per text."""

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.composed.family import Conditioning, Family
 from common.lora import plain_weights
-from common.policy import Policy, PolicyOutput
+from common.policy import Policy, PolicyOutput, score_logits
 
 
 @dataclass(frozen=True)
@@ -107,12 +106,6 @@ class ComposedPolicy(Policy):
     def reasoning_weights(self) -> Iterator[tuple[str, Tensor]]:
         # Parameters rather than the state, which names a tied head, too.
         yield from plain_weights(self.reasoner, dict(self.reasoner.named_parameters()))
-
-
-def score_logits(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """logits [P, V] -> log p(target) [P] and entropy [P] of the tempered softmax, fp32."""
-    logp = F.log_softmax(logits.float() / temperature, -1)
-    return logp.gather(-1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
 
 def lay_out_texts(

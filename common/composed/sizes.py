@@ -14,9 +14,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.composed.checkpoint import frozen_skeletons, read_index, skeleton
 from common.composed.family import Conditioning, Family
-from common.composed.policy import ComposedPolicy, score_logits
+from common.composed.policy import ComposedPolicy
 from common.composed.source import Source
-from common.policy import Policy
+from common.policy import Policy, score_logits
 from common.rehearsal import Forward, Kept, kept, rehearse
 from common.sizes import ChainShape, Counts, squarest
 

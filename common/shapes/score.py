@@ -51,17 +51,17 @@ def _relation_credit(relation: str, group: Sequence[Detection], targets: Sequenc
     return 1.0 if best > DIRECTION else _NEAR_MISS * max(best, 0.0) / DIRECTION
 
 
+def _of_class(entry: Mapping[str, Any], detections: Sequence[Detection]) -> list[Detection]:
+    return [d for d in detections if entry["class"] in (ANY, d.shape)]
+
+
 def _credits(metadata: Metadata, detections: Sequence[Detection]) -> dict[str, float]:
     """The exam: every question's credit, 1 exactly where the answer is yes."""
-
-    def of_class(entry: Mapping[str, Any]) -> list[Detection]:
-        return [d for d in detections if entry["class"] in (ANY, d.shape)]
-
     credit: dict[str, float] = {}
     groups: list[list[Detection]] = []
     for index, entry in enumerate(metadata["include"]):
         name, count, color = entry["class"], entry["count"], entry.get("color")
-        found = of_class(entry)
+        found = _of_class(entry, detections)
         credit[f"{index}: {name} present"] = float(bool(found))
         credit[f"{index}: {count} {name}"] = min(len(found), count) / count
         if color is not None:
@@ -72,7 +72,7 @@ def _credits(metadata: Metadata, detections: Sequence[Detection]) -> dict[str, f
             credit[f"{index}: {relation} {target}"] = _relation_credit(relation, found, groups[target])
         groups.append(found)
     for entry in metadata.get("exclude") or ():
-        surplus = max(len(of_class(entry)) - entry["count"] + 1, 0)
+        surplus = max(len(_of_class(entry, detections)) - entry["count"] + 1, 0)
         credit[f"fewer than {entry['count']} {entry['class']}"] = 1 / (1 + surplus)
     return credit
 
@@ -103,21 +103,17 @@ def exam(metadata: Metadata, detections: Sequence[Detection]) -> dict[str, bool]
 
     Unlike `points` nothing asks about objects that the prompt does not name.
     """
-
-    def of_class(entry: Mapping[str, Any]) -> list[Detection]:
-        return [d for d in detections if entry["class"] in (ANY, d.shape)]
-
     include = metadata["include"]
     answers: dict[str, bool] = {}
     for index, entry in enumerate(include):
-        name, count, color, found = entry["class"], entry["count"], entry.get("color"), of_class(entry)
+        name, count, color, found = entry["class"], entry["count"], entry.get("color"), _of_class(entry, detections)
         answers[f"{index}: {name} present"] = bool(found)
         answers[f"{index}: exactly {count} {name}"] = len(found) == count
         if color is not None:
             answers[f"{index}: {name} is {color}"] = sum(d.color == color for d in found) >= count
         if entry.get("position") is not None:
             relation, target = entry["position"]
-            pairs = ((a, b) for a in found for b in of_class(include[target]))
+            pairs = ((a, b) for a in found for b in _of_class(include[target], detections))
             answers[f"{index}: {relation} {target}"] = any(relation in relations(a, b) for a, b in pairs)
     return answers
 
