@@ -165,15 +165,10 @@ def write_tensors(
     dtype: to convert to; without it every tensor keeps its own."""
     from safetensors.torch import save_file
 
+    from common.weights import cut
+
     sizes = {name: tensor.numel() * (dtype or tensor.dtype).itemsize for name, tensor in tensors.items()}
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, size in sizes.items():
-        if shards[-1] and filled + size > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
+    shards = cut(sizes, shard_bytes) or [[]]
     files = [path.name]
     if len(shards) > 1:
         files = [f"{path.stem}-{i + 1:05d}-of-{len(shards):05d}{path.suffix}" for i in range(len(shards))]

@@ -53,16 +53,25 @@ def _factors(device: torch.device) -> Tensor:
 
 def plan(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, limit: int) -> list[list[str]]:
     """Names in order, cut into buckets of at most `limit` bytes; a tensor that is larger has a bucket of its own."""
-    buckets: list[list[str]] = []
+    return cut({name: _size(shape, dtype) for name, shape in shapes.items()}, limit)
+
+
+def cut(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Names in order, in runs whose sizes add up to `limit` at most; a larger one has a run of its own."""
+    runs: list[list[str]] = []
     filled = 0
-    for name, shape in shapes.items():
-        size = _size(shape, dtype)
-        if not buckets or filled + size > limit:
-            buckets.append([])
+    for name, size in sizes.items():
+        if not runs or filled + size > limit:
+            runs.append([])
             filled = 0
-        buckets[-1].append(name)
+        runs[-1].append(name)
         filled += size
-    return buckets
+    return runs
+
+
+def grown(scratch: Tensor, size: int) -> Tensor:
+    """Memory (uint8) of at least `size` bytes: scratch, or other on its device in its place."""
+    return scratch if len(scratch) >= size else torch.empty(size, dtype=torch.uint8, device=scratch.device)
 
 
 def pack(weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype, scratch: Tensor) -> tuple[WeightBucket, Tensor]:
@@ -81,17 +90,17 @@ def pack(weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype, scratch: Ten
 
 def unpack(bucket: WeightBucket, flat: Tensor, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Names and views into the bytes [n] of a bucket. ValueError if they are too few or too many."""
-    if len(flat) != nbytes(bucket, dtype):
-        raise ValueError(f"a bucket of {nbytes(bucket, dtype)} bytes arrived with {len(flat)}")
+    if len(flat) != (size := nbytes(bucket.shapes, dtype)):
+        raise ValueError(f"a bucket of {size} bytes arrived with {len(flat)}")
     start = 0
     for name, shape in zip(bucket.names, bucket.shapes, strict=True):
         yield name, _view(flat, start, shape, dtype)
         start += _size(shape, dtype)
 
 
-def nbytes(bucket: WeightBucket, dtype: torch.dtype) -> int:
-    """Bytes a bucket has when packed."""
-    return sum(_size(shape, dtype) for shape in bucket.shapes)
+def nbytes(shapes: Iterable[tuple[int, ...]], dtype: torch.dtype) -> int:
+    """Bytes of tensors that are packed into one bucket."""
+    return sum(_size(shape, dtype) for shape in shapes)
 
 
 def held_bucket(bucket: WeightBucket, weights: Mapping[str, Tensor]) -> WeightBucket:

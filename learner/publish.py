@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from common.types import WeightBucket, WeightManifest
-from common.weights import nbytes, pack, plan
+from common.weights import grown, nbytes, pack, plan
 from learner.engine import Engine
 
 
@@ -28,7 +28,7 @@ class Publisher:
         frozen = {name: shape for name, shape in shapes.items() if name not in trained}
         learned = plan(trained, self.dtype, bucket_mb << 20)
         self._trained, self._plan = len(learned), learned + plan(frozen, self.dtype, bucket_mb << 20)
-        self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._scratch = torch.empty(0, dtype=torch.uint8, device=next(iter(self._weights.values())).device)
 
     def changes(self, version: int) -> Iterator[Tensor]:
         """Rank 0: the bytes [n] of each bucket that differs from the version published before, in order; `manifest`
@@ -55,8 +55,5 @@ class Publisher:
         with self.engine.gathered(weights):
             if self.rank:
                 return WeightBucket((), (), ()), self._scratch
-            shapes = tuple(self.engine.shape(weight) for weight in weights)
-            need = nbytes(WeightBucket(tuple(names), shapes, ()), self.dtype)
-            if len(self._scratch) < need:
-                self._scratch = torch.empty(need, dtype=torch.uint8, device=weights[0].device)
+            self._scratch = grown(self._scratch, nbytes(map(self.engine.shape, weights), self.dtype))
             return pack(zip(names, weights, strict=True), self.dtype, self._scratch)

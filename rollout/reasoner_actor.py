@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from common.actors import options
 from common.config import Rollout
 from common.types import WeightBucket
-from common.weights import as_tensor, held_bucket, nbytes, pack, plan, unpack
+from common.weights import as_tensor, grown, held_bucket, nbytes, pack, plan, unpack
 from rollout.reasoner import Completion, start_reasoner
 from rollout.reasoner_dir import checked_weights
 
@@ -123,9 +123,7 @@ class RemoteReasoner:
         self._call("begin_load")
         scratch = torch.empty(0, dtype=torch.uint8)
         for names in self._buckets:
-            need = nbytes(WeightBucket(tuple(names), tuple(self._shapes[n] for n in names), ()), self._dtype)
-            if len(scratch) < need:
-                scratch = torch.empty(need, dtype=torch.uint8)
+            scratch = grown(scratch, nbytes((self._shapes[name] for name in names), self._dtype))
             bucket, flat = pack(((name, given[name]) for name in names), self._dtype, scratch)
             self._call("load_part", bucket, flat.numpy())
         self._call("end_load")

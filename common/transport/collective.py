@@ -24,7 +24,7 @@ from torch import Tensor
 from common.transport import TransportError
 from common.transport.store import join, serve
 from common.types import WeightManifest
-from common.weights import nbytes
+from common.weights import grown, nbytes
 
 POLL_S = 0.01
 CONNECT = timedelta(seconds=60)  # all members are there already
@@ -161,9 +161,8 @@ class CollectiveReceiver:
                 group = Group(store, ticket.round, ticket.place + 1, answer["size"], self.device, self.wait_s)
             dtype = getattr(torch, manifest.dtype)
             for index in answer["buckets"]:
-                size = nbytes(manifest.buckets[index], dtype)
-                if len(self._scratch) < size:
-                    self._scratch = torch.empty(size, dtype=torch.uint8, device=self.device)
+                size = nbytes(manifest.buckets[index].shapes, dtype)
+                self._scratch = grown(self._scratch, size)
                 group.broadcast(self._scratch[:size])
                 yield index, self._scratch[:size]
         except RuntimeError as error:

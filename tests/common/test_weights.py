@@ -32,7 +32,7 @@ def test_round_trip(dtype: torch.dtype) -> None:
     weights = some_weights()
     bucket, flat = pack(weights.items(), dtype, scratch())
     assert bucket.names == tuple(weights), "in the order given"
-    assert nbytes(bucket, dtype) == len(flat)
+    assert nbytes(bucket.shapes, dtype) == len(flat)
     received = flat.numpy().copy()
     received.flags.writeable = False  # Ray's object store hands out arrays that may not be written
     found = dict(unpack(bucket, as_tensor(received), dtype))
