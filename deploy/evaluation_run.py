@@ -25,7 +25,7 @@ from deploy.requests import evaluation_requests
 from deploy.scoring import tickets
 from deploy.session import EvaluationSession
 from rewards.pool import Scored
-from rollout.pool import RolloutError
+from rollout.batch import RolloutError
 
 
 @ray.remote(num_cpus=0)

@@ -12,7 +12,7 @@ from common.types import RolloutRequest, RolloutStats
 from deploy.requests import training_requests
 from deploy.session import Session
 from learner import checkpoint as run_checkpoint
-from rollout.pool import Batch
+from rollout.batch import Batch
 
 
 class InFlight:

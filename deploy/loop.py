@@ -22,7 +22,7 @@ from deploy.scoring import tickets
 from deploy.session import Session
 from learner.group import LostLearnerError
 from rewards.pool import Scored
-from rollout.pool import Batch
+from rollout.batch import Batch
 
 
 def train(session: Session) -> RunDirectory:

@@ -13,7 +13,7 @@ from common.runtime import one_line
 from deploy.session import EvaluationSession, Session
 from learner import checkpoint as run_checkpoint
 from learner.group import LostLearnerError
-from rollout.pool import Batch
+from rollout.batch import Batch
 
 log = logging.getLogger(__name__)
 MAX_TRIES = 5

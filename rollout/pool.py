@@ -414,6 +414,3 @@ class RolloutPool:
             for batch in {work.batch for work in [*self._queue, *self._under_way()]}:
                 batch.fail(error)
             self._changed.notify_all()
-
-
-__all__ = ["Batch", "RolloutError", "RolloutPool"]

@@ -23,11 +23,8 @@ from rollout.reasoner_dir import (
     reasoner_config,
     reasoner_shapes,
     save_weights,
-    write_reasoner_dir,
 )
 from rollout.reasoner_worker import prepare_cpu
-
-__all__ = ["Completion", "Reasoner", "start_reasoner", "write_reasoner_dir"]
 
 
 @dataclass(frozen=True)

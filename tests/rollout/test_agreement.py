@@ -11,7 +11,8 @@ import torch
 from golden_numbers import CHECKPOINT, GOLDEN
 
 from common.bagel import checkpoint as store
-from rollout.reasoner import Reasoner, write_reasoner_dir
+from rollout.reasoner import Reasoner
+from rollout.reasoner_dir import write_reasoner_dir
 
 # Largest and mean |difference| allowed.
 BOUNDS = {"float32": (1e-5, 3e-6), "bfloat16": (0.2, 0.03)}

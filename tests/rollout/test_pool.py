@@ -31,8 +31,8 @@ from common.types import Group, RolloutStats
 from deploy.chaos.cluster import title
 from deploy.requests import training_requests
 from rollout.actor import RolloutReplica
-from rollout.batch import Work
-from rollout.pool import Batch, RolloutError, RolloutPool
+from rollout.batch import Batch, RolloutError, Work
+from rollout.pool import RolloutPool
 from rollout.replica import PAUSE, STATES, Call
 
 DEADLINE_S = 200

@@ -15,8 +15,8 @@ import torch
 from golden_numbers import GOLDEN, golden
 from safetensors.torch import load_file
 
-from rollout.reasoner import Completion, Reasoner, write_reasoner_dir
-from rollout.reasoner_dir import reasoner_shapes, understanding_weights
+from rollout.reasoner import Completion, Reasoner
+from rollout.reasoner_dir import reasoner_shapes, understanding_weights, write_reasoner_dir
 
 EOS = json.loads((GOLDEN / "README.json").read_text())["special_token_ids"]["eos_token_id"]
 VOCABULARY = json.loads((GOLDEN / "ckpt/llm_config.json").read_text())["vocab_size"]
