@@ -32,7 +32,7 @@ from learner.publish import Publisher
 from learner.reference import HostReference
 from learner.refl import ReFLUpdater
 from learner.self_test import CHAINS, Comparison, compare
-from learner.update import MicroBatch, Updater, lay_out, metrics_of, share_out
+from learner.update import MicroBatch, Updater, lay_out, metrics_of, share_out, sums_of
 
 
 class LearnerRank:
@@ -193,15 +193,7 @@ class LearnerRank:
     def _over_ranks(self, sums: dict[str, float]) -> dict[str, float]:
         """Adds up chains over ranks; what every rank has alike (steps, norms) counts once."""
         alike = ("count/step", "sum/grad_norm", "sum/nonfinite")
-        keys = sorted(
-            {"count/chain", "count/token", "count/window", "count/step", "sum/nonfinite"}
-            | {f"sum/grad_norm/{name}" for name in self.rates}
-            | {f"sum/text/{k}" for k in ("ratio", "clipped", "logprob_diff", "entropy")}
-            | {
-                f"sum/image/{k}"
-                for k in ("ratio", "log_ratio_abs", "clipped", "kl_old", "velocity_mse", "velocity_diff")
-            }
-        )
+        keys = sums_of(self.rates)
         values = torch.tensor([sums.get(key, 0.0) for key in keys], dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(values)
         return {k: v / self.ranks if k.startswith(alike) else v for k, v in zip(keys, values.tolist(), strict=True)}

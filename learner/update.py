@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -299,27 +299,36 @@ def _add(sums: dict[str, float], more: dict[str, float]) -> None:
         sums[key] = sums.get(key, 0.0) + value
 
 
+# Metric: the sum behind it, what that is divided by, and the neutral value where nothing contributed.
+MEANS = {
+    "text/ratio_mean": ("sum/text/ratio", "count/token", 1.0),
+    "text/clip_fraction": ("sum/text/clipped", "count/token", 0.0),
+    "text/logprob_diff_rollout": ("sum/text/logprob_diff", "count/token", 0.0),
+    "text/entropy": ("sum/text/entropy", "count/token", 0.0),
+    "image/ratio_mean": ("sum/image/ratio", "count/window", 1.0),
+    "image/log_ratio_abs": ("sum/image/log_ratio_abs", "count/window", 0.0),
+    "image/clip_fraction": ("sum/image/clipped", "count/window", 0.0),
+    "image/kl_old": ("sum/image/kl_old", "count/chain", 0.0),
+    "image/velocity_mse": ("sum/image/velocity_mse", "count/chain", 0.0),
+    "image/velocity_diff_rollout": ("sum/image/velocity_diff", "count/chain", 0.0),
+}
+
+
+def _norm_means(groups: Iterable[str]) -> dict[str, tuple[str, str, float]]:
+    return {f"grad_norm/{name}": (f"sum/grad_norm/{name}", "count/step", 0.0) for name in groups}
+
+
+def sums_of(groups: Iterable[str]) -> list[str]:
+    """Every key of what `Updater.run` returns where these groups of parameters are trained, in one order."""
+    means = MEANS | _norm_means(groups)
+    return sorted({"sum/nonfinite", *(key for total, count, _ in means.values() for key in (total, count))})
+
+
 def metrics_of(sums: dict[str, float]) -> dict[str, float]:
     """Sums over all ranks -> the means that are reported; without a contributing chain, the neutral values."""
-    tokens, windows = sums.get("count/token", 0.0), sums.get("count/window", 0.0)
-    chains, steps = sums.get("count/chain", 0.0), sums.get("count/step", 0.0)
-
     groups = {"reasoning", "denoising"} | {key.rpartition("/")[2] for key in sums if key.startswith("sum/grad_norm/")}
-
-    def mean(key: str, count: float, empty: float = 0.0) -> float:
-        return sums.get(key, 0.0) / count if count else empty
-
-    return {
-        "text/ratio_mean": mean("sum/text/ratio", tokens, 1.0),
-        "text/clip_fraction": mean("sum/text/clipped", tokens),
-        "text/logprob_diff_rollout": mean("sum/text/logprob_diff", tokens),
-        "text/entropy": mean("sum/text/entropy", tokens),
-        "image/ratio_mean": mean("sum/image/ratio", windows, 1.0),
-        "image/log_ratio_abs": mean("sum/image/log_ratio_abs", windows),
-        "image/clip_fraction": mean("sum/image/clipped", windows),
-        "image/kl_old": mean("sum/image/kl_old", chains),
-        "image/velocity_mse": mean("sum/image/velocity_mse", chains),
-        "image/velocity_diff_rollout": mean("sum/image/velocity_diff", chains),
-        **{f"grad_norm/{name}": mean(f"sum/grad_norm/{name}", steps) for name in groups},
-        "loss/nonfinite": sums.get("sum/nonfinite", 0.0),
+    means = {
+        metric: sums.get(total, 0.0) / sums[count] if sums.get(count) else empty
+        for metric, (total, count, empty) in (MEANS | _norm_means(groups)).items()
     }
+    return {**means, "loss/nonfinite": sums.get("sum/nonfinite", 0.0)}
