@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from common.config import ConfigError, Resources, TrainConfig, resolve_path
 from common.prompts import evenly, read_prompts
 from common.sizes import is_here
+from common.system_prompts import system_prompt
 from common.types import Prompt
 from rewards.scorer import check, check_prompts
 
@@ -105,8 +106,6 @@ def check_guidance(config: TrainConfig, model: Outline) -> None:
 
 def check_lengths(config: TrainConfig, model: Outline, prompts: list[Prompt]) -> None:
     """ConfigError for the first prompt that the reasoning engine would refuse in the middle of a run."""
-    from common.bagel.text import system_prompt
-
     sampling, positions = config.sampling, model.positions
     if sampling.max_prompt_tokens + sampling.max_tokens > positions:
         raise ConfigError(

@@ -18,10 +18,10 @@ from ray.exceptions import ObjectLostError
 from common import flow, lora, parameters
 from common.actors import building, node_name
 from common.advantage import group_advantages
-from common.bagel.text import system_prompt
 from common.config import TrainConfig
 from common.policy import PolicyOutput, directories, open_policy
 from common.records import read_groups, write_groups
+from common.system_prompts import system_prompt
 from common.timeline import Span, take_spans, timed
 from common.transport import TransportError
 from common.transport.collective import CollectiveSender

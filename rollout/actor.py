@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from common.actors import building
-from common.bagel.text import system_prompt
 from common.config import TrainConfig
 from common.lora import add_adapters
 from common.policy import Guidance, open_policy
+from common.system_prompts import system_prompt
 from common.transport import receiver
 from common.types import Chain, Group, ImageSegment, RolloutRequest, RolloutStats, TextSegment, WeightManifest
 from common.weights import held_bucket, unpack

@@ -15,9 +15,9 @@ from common.bagel.cfg import Branches, guided_velocity
 from common.bagel.checkpoint import Checkpoint
 from common.bagel.config import BagelConfig
 from common.bagel.interleaved import Latents, Part, Patches, read
-from common.bagel.text import system_prompt
 from common.checkpoint_files import CheckpointError
 from common.config import Cfg, TrainConfig
+from common.system_prompts import system_prompt
 
 
 @dataclass(frozen=True)

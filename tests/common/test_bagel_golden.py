@@ -16,7 +16,7 @@ from common.bagel import vae
 from common.bagel.checkpoint import Checkpoint
 from common.bagel.decoder import Layer, Packing
 from common.bagel.policy import BagelPolicy, places, sincos_2d
-from common.bagel.text import THINK_SYSTEM_PROMPT
+from common.system_prompts import THINK_SYSTEM_PROMPT
 
 SIZES = ("s0", "s1")
 
