@@ -27,8 +27,8 @@ def patch() -> None:
 
     Call it in every process before anything imports torchvision. Where the operators load (CUDA machines, a torchvision
     built for CPU) they are loaded, as torchvision's own import would do, and nothing else changes. Repeated calls and
-    calls after the import do nothing. Where the schemas stand in, calling ``torchvision.ops.nms`` raises
-    ``RuntimeError``; everything in torchvision written in Python works.
+    calls after the import do nothing. Where the schemas stand in, calling `torchvision.ops.nms` raises
+    `RuntimeError`; everything in torchvision written in Python works.
     """
     global _library
     if _library is not None or "torchvision" in sys.modules:

@@ -1,7 +1,7 @@
 """Text reasoning with vLLM: token ids in, token ids and log-probabilities out, weights replaced between batches.
 
 The understanding half of the policy is a Qwen2 decoder with q/k/v biases and per-head QK norm. vLLM's own
-``Qwen2ForCausalLM`` is exactly that when its configuration says ``qk_norm``, so nothing is registered here.
+`Qwen2ForCausalLM` is exactly that when its configuration says `qk_norm`, so nothing is registered here.
 """
 
 from __future__ import annotations
@@ -31,10 +31,9 @@ from rollout.reasoner_worker import prepare_cpu
 class Completion:
     """One sampled continuation.
 
-    Attributes:
-        ids: sampled token ids, the EOS token included if it was drawn.
-        logprobs: for each id, its natural log-probability under the distribution it was drawn from.
-        finished: True if generation ended with EOS, False if it was cut at ``max_tokens`` or paused before.
+    ids: sampled token ids, the EOS token included if it was drawn; logprobs: of each id, natural, under the
+    distribution it was drawn from; finished: True if generation ended with EOS, False if it was cut at `max_tokens` or
+    paused before.
     """
 
     ids: list[int]
@@ -45,25 +44,9 @@ class Completion:
 class Reasoner:
     """A vLLM engine for the reasoning policy.
 
-    On a CPU build of torch the engine runs inside the calling process, which should have set ``OMP_NUM_THREADS`` before
-    importing torch. There vLLM takes the process's default ``torch.distributed`` group and reseeds its global random
+    On a CPU build of torch the engine runs inside the calling process, which should have set `OMP_NUM_THREADS` before
+    importing torch. There vLLM takes the process's default `torch.distributed` group and reseeds its global random
     generators, and only one reasoner can be open at a time.
-
-    Args:
-        directory: what ``write_reasoner_dir`` wrote, or any causal language model in transformers' layout.
-        empty: only the directory's ``config.json`` is read; ``load_weights`` has to come before any request.
-        shapes: names and shapes of the weights that ``load_weights`` takes; by default those of ``reasoner_shapes``.
-        eos_token_id: the token that ends a completion.
-        dtype: of the weights, the activations and the KV cache.
-        max_model_len: most tokens of a prompt and its completion together.
-        max_batch: most requests decoded at the same time; more are queued.
-        memory_bytes: size of the KV cache, on CPU.
-        tensor_parallel: number of GPUs the model is split over.
-        gpu_memory_utilization: fraction of GPU memory for weights, activations and KV cache, on GPU.
-
-    Raises:
-        ValueError: if ``tensor_parallel`` is more than 1 on CPU.
-        RuntimeError: if another reasoner is open in this process and the engine would run here too.
     """
 
     # Strong, as an engine collected at some later time would tear down the state of the one that followed it.
@@ -83,6 +66,17 @@ class Reasoner:
         shapes: dict[str, tuple[int, ...]] | None = None,
         empty: bool = False,
     ) -> None:
+        """directory: what `write_reasoner_dir` wrote, or any causal language model in transformers' layout;
+        eos_token_id: what ends a completion; dtype: of weights, activations and KV cache; max_model_len: most tokens of
+        a prompt and its completion together; max_batch: most requests decoded at the same time, more are queued;
+        memory_bytes: of the KV cache, on CPU; tensor_parallel: GPUs the model is split over; gpu_memory_utilization:
+        share of GPU memory for weights, activations and KV cache; shapes: the weights that `load_weights` takes, by
+        default those of `reasoner_shapes`; empty: only the directory's `config.json` is read, and `load_weights` has to
+        come before any request.
+
+        ValueError if tensor_parallel is more than 1 on CPU; RuntimeError if another reasoner is open in this process
+        and the engine would run here too.
+        """
         on_cpu = torch.version.cuda is None and torch.version.hip is None
         if on_cpu and tensor_parallel != 1:
             raise ValueError("tensor_parallel needs GPUs")
@@ -156,21 +150,14 @@ class Reasoner:
 
         The same weights, arguments and batch limit give the same completions, unless they are paused.
 
-        Args:
-            prompts: token ids of each prompt.
-            seeds: the seed of each prompt's own random stream, at least 0.
-            max_tokens: most tokens of a completion, EOS included.
-            temperature: divides the logits. 0 takes the most likely token and records its log-probability at 1.
-            begun: what an earlier call made of each prompt before it was paused; those not ended go on from there, with
-                the weights that are held now.
-            paused: asked after every token; once it says so, what has not ended is returned as far as it is.
+        prompts: token ids; seeds: of each prompt's own random stream, at least 0; max_tokens: most tokens of a
+        completion, EOS included; temperature: divides the logits, and 0 takes the most likely token and records its
+        log-probability at 1; begun: what an earlier call made of each prompt before it was paused, of which those not
+        ended go on with the weights that are held now; paused: asked after every token, and once it says so what has
+        not ended is returned as far as it is. Completions come in the order of the prompts, what was begun included.
 
-        Returns:
-            Completions in the order of the prompts, what was begun included.
-
-        Raises:
-            ValueError: if the arguments do not fit each other, the vocabulary or ``max_model_len``.
-            RuntimeError: if the last ``load_weights`` failed or the reasoner is closed.
+        ValueError if the arguments do not fit each other, the vocabulary or max_model_len; RuntimeError if the last
+        `load_weights` failed or the reasoner is closed.
         """
         if len(prompts) != len(seeds):
             raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
@@ -199,17 +186,11 @@ class Reasoner:
         return done
 
     def probe(self, ids: list[int]) -> list[float]:
-        """Scores a fixed sequence; comparing scores tells whether the weights here are those expected.
+        """Natural log-probabilities [n - 1] of every token after the first at temperature 1, of 2 token ids or more and
+        fewer than max_model_len; comparing them tells whether the weights here are those expected.
 
-        Args:
-            ids: at least 2 and less than ``max_model_len`` token ids.
-
-        Returns:
-            ``len(ids) - 1`` natural log-probabilities, of ``ids[i + 1]`` after ``ids[: i + 1]`` at temperature 1.
-
-        Raises:
-            ValueError: if the ids are too few, too many or outside the vocabulary.
-            RuntimeError: if the last ``load_weights`` failed or the reasoner is closed.
+        ValueError if the ids are too few, too many or outside the vocabulary; RuntimeError if the last `load_weights`
+        failed or the reasoner is closed.
         """
         if len(ids) < 2:
             raise ValueError("scoring needs at least two token ids")
@@ -220,25 +201,22 @@ class Reasoner:
         """Replaces all weights in place and drops every cached key and value computed with the old ones.
 
         The weights are read one at a time, on any device, and converted to the engine's dtype. The engine's workers,
-        where they are other processes, read them from a file in shared memory (``/dev/shm``).
+        where they are other processes, read them from a file in shared memory (`/dev/shm`).
 
-        Args:
-            weights: exactly the names of ``shapes``, each once.
-
-        Raises:
-            RuntimeError: if a weight of the model was not given, one given is not the model's, or the engine does not
-                hold them afterwards. It may then hold a mixture and refuses to generate until a load succeeds.
+        weights: exactly the names of `shapes`, each once. RuntimeError if a weight of the model was not given, one
+        given is not the model's, or the engine does not hold them afterwards. It may then hold a mixture and refuses to
+        generate until a load succeeds.
         """
         self.begin_load()
         self.load_part(checked_weights(weights, self._shapes))
         self.end_load()
 
     def begin_load(self) -> None:
-        """From here to ``end_load`` the weights are a mixture, and nothing is generated."""
+        """From here to `end_load` the weights are a mixture, and nothing is generated."""
         self._usable = False
 
     def load_part(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Replaces some weights. RuntimeError as for ``load_weights``."""
+        """Replaces some weights. RuntimeError as for `load_weights`."""
         given = ((name, value.to(self._dtype)) for name, value in weights)
         if self._in_process:
             self._hand_over(list(given))
@@ -267,7 +245,7 @@ class Reasoner:
         paused: Callable[[], bool] | None = None,
         **params: Any,
     ) -> dict[int, Any]:
-        """One request for each prompt, of so many tokens at most; ``params`` are further vLLM sampling parameters. The
+        """One request for each prompt, of so many tokens at most; `params` are further vLLM sampling parameters. The
         output of each, by its number; of those that were paused as far as they came."""
         from vllm import SamplingParams, TokensPrompt
         from vllm.sampling_params import RequestOutputKind
@@ -302,8 +280,8 @@ class Reasoner:
 
 
 def start_reasoner(described: dict[str, Any] | Path, **options: Any) -> Reasoner:
-    """An engine whose weights ``load_weights`` will give. described: a directory in transformers' layout, or the
-    decoder's ``llm_config``; options: further arguments of ``Reasoner``."""
+    """An engine whose weights `load_weights` will give. described: a directory in transformers' layout, or the
+    decoder's `llm_config`; options: further arguments of `Reasoner`."""
     with scratch() as directory:
         if isinstance(described, dict):
             (directory / "config.json").write_text(json.dumps(reasoner_config(described)))

@@ -19,29 +19,17 @@ _DROPPED_KEYS = ("layer_module", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def understanding_weights(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Selects the understanding half of a BAGEL checkpoint and renames it for the reasoner.
-
-    Args:
-        weights: BAGEL's weights, such as ``language_model.model.layers.0.self_attn.q_proj.weight``.
-
-    Yields:
-        ``(name, tensor)`` without the leading ``language_model.``; the generation expert and everything outside the
-        language model are left out.
-    """
+    """The understanding half of a BAGEL checkpoint, named for the reasoner: without the leading `language_model.`, the
+    generation expert and everything outside the language model."""
     for name, tensor in weights:
         if name.startswith(_PREFIX) and _GENERATION_EXPERT not in name:
             yield name.removeprefix(_PREFIX), tensor
 
 
 def reasoner_shapes(llm_config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the weights of the decoder that ``llm_config`` describes.
-
-    With ``tie_word_embeddings`` there is no ``lm_head.weight``.
-
-    Raises:
-        KeyError: if a size is missing.
-        ValueError: if ``head_dim`` is not ``hidden_size / num_attention_heads``.
-    """
+    """Names and shapes of the weights of the decoder that `llm_config` describes; with `tie_word_embeddings` there is
+    no `lm_head.weight`. KeyError if a size is missing; ValueError if `head_dim` is not
+    `hidden_size / num_attention_heads`."""
     hidden, inner = llm_config["hidden_size"], llm_config["intermediate_size"]
     head = hidden // llm_config["num_attention_heads"]
     if llm_config.get("head_dim") not in (None, head):
@@ -75,11 +63,8 @@ def reasoner_shapes(llm_config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 def checked_weights(
     weights: Iterable[tuple[str, torch.Tensor]], shapes: dict[str, tuple[int, ...]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Passes weights on while checking that each name in ``shapes`` comes exactly once and in its shape.
-
-    Raises:
-        RuntimeError: at an unknown or repeated name or a wrong shape, or at the end if a name did not come.
-    """
+    """Passes weights on while checking that each name in shapes comes exactly once and in its shape. RuntimeError at an
+    unknown or repeated name or a wrong shape, or at the end if a name did not come."""
     missing = dict(shapes)
     for name, tensor in weights:
         shape = missing.pop(name, None)
@@ -93,7 +78,7 @@ def checked_weights(
 
 
 def reasoner_config(llm_config: dict[str, Any]) -> dict[str, Any]:
-    """``config.json`` of the reasoner that BAGEL's ``llm_config.json`` describes."""
+    """`config.json` of the reasoner that BAGEL's `llm_config.json` describes."""
     config = {key: value for key, value in llm_config.items() if key not in _DROPPED_KEYS}
     config |= {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
     config.setdefault("qk_norm", False)
@@ -106,17 +91,13 @@ def reasoner_config(llm_config: dict[str, Any]) -> dict[str, Any]:
 def write_reasoner_dir(
     path: str | Path, llm_config: dict[str, Any], weights: Iterable[tuple[str, torch.Tensor]]
 ) -> None:
-    """Writes ``config.json`` and ``model.safetensors`` as vLLM loads them, replacing ``path`` when they are complete.
+    """Writes `config.json` and `model.safetensors` as vLLM loads them, replacing `path` when they are complete.
 
-    Args:
-        path: the directory to write; its parent is created.
-        llm_config: BAGEL's ``llm_config.json``. Without ``qk_norm`` it is a plain Qwen2.
-        weights: named as in ``reasoner_shapes``; for a BAGEL checkpoint, through ``understanding_weights``.
+    path: its parent is created; llm_config: BAGEL's `llm_config.json`, without `qk_norm` a plain Qwen2; weights: named
+    as in `reasoner_shapes`, for a BAGEL checkpoint through `understanding_weights`.
 
-    Raises:
-        KeyError: if a size is missing in ``llm_config``.
-        ValueError: if vLLM's Qwen2 cannot express ``llm_config``.
-        RuntimeError: if weights are missing, unknown, repeated or of another shape.
+    KeyError if a size is missing in llm_config; ValueError if vLLM's Qwen2 cannot express it; RuntimeError if weights
+    are missing, unknown, repeated or of another shape.
     """
     path = Path(path)
     shapes = reasoner_shapes(llm_config)
@@ -132,6 +113,6 @@ def save_weights(weights: Iterable[tuple[str, torch.Tensor]], path: str | Path) 
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """Reads ``config.json`` of a reasoner directory. FileNotFoundError if there is none."""
+    """Reads `config.json` of a reasoner directory. FileNotFoundError if there is none."""
     config: dict[str, Any] = json.loads((Path(path) / "config.json").read_text())
     return config

@@ -34,7 +34,7 @@ class Detection:
 
 
 def _sample(image: NDArray[np.floating], y: NDArray[np.float64], x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Bilinear samples of an image [h, w] on the grid of the rows ``y`` and columns ``x``, 0 outside."""
+    """Bilinear samples of an image [h, w] on the grid of the rows `y` and columns `x`, 0 outside."""
 
     def weights(at: NDArray[np.float64], size: int) -> NDArray[np.float64]:
         return np.maximum(1 - abs(at[:, None] - np.arange(size)), 0)
@@ -58,7 +58,7 @@ def _normalise(alpha: NDArray[np.floating]) -> tuple[NDArray[np.float64], float]
 
 
 def _template(shape: str) -> NDArray[np.float64]:
-    """What a shape looks like to ``_normalise``, averaged over where its centre may lie within a pixel."""
+    """What a shape looks like to `_normalise`, averaged over where its centre may lie within a pixel."""
     shifts = np.linspace(-0.4, 0.4, 5)
     return np.mean([_normalise(cover(shape, 6.0, dx, dy))[0] for dx in shifts for dy in shifts], axis=0)
 

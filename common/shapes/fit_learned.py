@@ -1,4 +1,4 @@
-"""Makes the learned scorer's weights from rendered scenes: ``python -m common.shapes.fit_learned`` (two minutes).
+"""Makes the learned scorer's weights from rendered scenes: `python -m common.shapes.fit_learned` (two minutes).
 
 Mild noise and blur stand for what an autoencoder does to an image; nothing else that a policy may draw is in the data.
 """

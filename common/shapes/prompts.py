@@ -1,6 +1,6 @@
 """Training and held-out prompts that share no combination of attributes.
 
-``python -m common.shapes.prompts DIR`` writes them to ``DIR/train.jsonl`` and ``DIR/heldout.jsonl``.
+`python -m common.shapes.prompts DIR` writes them to `DIR/train.jsonl` and `DIR/heldout.jsonl`.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ def _split(pool: Sequence[Request], rng: random.Random) -> tuple[list[Request], 
 
 
 def _draw(pool: Sequence[Request], number: int, rng: random.Random) -> list[Drawn]:
-    """Up to ``number`` distinct prompts: every request comes once before any comes again with other words."""
+    """Up to `number` distinct prompts: every request comes once before any comes again with other words."""
     pool = rng.sample(pool, len(pool))
     openers = [rng.sample(OPENERS, len(OPENERS)) for _ in pool]
     return [(o[turn], r) for turn in range(len(OPENERS)) for o, r in zip(openers, pool, strict=True)][:number]
 
 
 def _cover(pool: Sequence[Request], number: int, rng: random.Random) -> list[Request]:
-    """``number`` requests that together use every riddle phrase, the kinds otherwise balanced."""
+    """`number` requests that together use every riddle phrase, the kinds otherwise balanced."""
     left = rng.sample(pool, len(pool))
     used: set[str] = set()
     kinds: Counter[str] = Counter()
@@ -79,7 +79,7 @@ def _records(tag: str, drawn: Sequence[Drawn], start: int) -> Iterator[dict[str,
 def make_prompts(seed: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The training and the held-out records, the same for the same seed.
 
-    A record has ``id``, ``prompt``, ``tag`` and GenEval's ``include`` and ``exclude``. Within every tag (for
+    A record has `id`, `prompt`, `tag` and GenEval's `include` and `exclude`. Within every tag (for
     riddles, every kind of riddle) the two lists share no combination; every riddle phrase is in both.
     """
     rng = random.Random(seed)

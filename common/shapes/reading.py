@@ -54,7 +54,7 @@ class Reading:
 
 
 def read(record: Mapping[str, Any]) -> Reading:
-    """The right reading of a prompt record (``include``, and ``prompt`` for its riddles)."""
+    """The right reading of a prompt record (`include`, and `prompt` for its riddles)."""
     include = record["include"]
     wants = tuple(Want(entry["count"], entry["class"], entry.get("color")) for entry in include)
     positions = [entry["position"][0] for entry in include if "position" in entry]

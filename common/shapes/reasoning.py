@@ -1,6 +1,6 @@
 """The reasoning text: inferences, then a plan of the scene.
 
-``<think> two more than one is three. plan: red circle top left; red circle top right; ... . </think>``
+`<think> two more than one is three. plan: red circle top left; red circle top right; ... . </think>`
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _PLAN = re.compile(r"\bplan\s*:([^.]*)\.")
 
 
 def reason(record: Mapping[str, Any], scene: Scene, reading: Reading | None = None) -> str:
-    """The reasoning that plans ``scene``; its sentences state ``reading``, by default the right one."""
+    """The reasoning that plans `scene`; its sentences state `reading`, by default the right one."""
     sentences = (reading or read(record)).sentences()
     plan = "; ".join(f"{item.color} {item.shape} {item.cell}" for item in scene.items)
     return f"<think> {sentences} plan: {plan}. </think>"

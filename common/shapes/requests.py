@@ -17,9 +17,9 @@ Entry = dict[str, Any]
 class Request:
     """One thing to ask for.
 
-    ``combination`` holds the attributes that train and held-out must not share; ``body`` is the prompt without
-    its opening words; ``include`` is GenEval's; ``kind`` is the tag or, for riddles, which kinds they are;
-    ``phrases`` are the riddle phrases in the body.
+    `combination` holds the attributes that train and held-out must not share; `body` is the prompt without
+    its opening words; `include` is GenEval's; `kind` is the tag or, for riddles, which kinds they are;
+    `phrases` are the riddle phrases in the body.
     """
 
     kind: str
@@ -115,7 +115,7 @@ def _two_riddles(rng: random.Random) -> Iterator[Request]:
 
 
 def requests(rng: random.Random) -> dict[str, list[Request]]:
-    """All requests by tag; ``rng`` picks which of the many colored and doubled variants take part."""
+    """All requests by tag; `rng` picks which of the many colored and doubled variants take part."""
     return {
         "single_object": list(_single()),
         "two_object": list(_two()),

@@ -46,9 +46,9 @@ class Scene:
 
 
 def inside(shape: str, u: NDArray[np.float64], v: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Which points lie in a shape of radius 1 about the origin (``u`` to the right, ``v`` down).
+    """Which points lie in a shape of radius 1 about the origin (`u` to the right, `v` down).
 
-    ``u`` and ``v`` broadcast against each other; the result has their common shape.
+    `u` and `v` broadcast against each other; the result has their common shape.
     """
     if shape == "circle":
         return u**2 + v**2 <= 1

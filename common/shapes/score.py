@@ -7,7 +7,7 @@ A prompt's metadata lists what the image must include and exclude::
                  {"class": "circle", "count": 1, "color": "red", "position": ["left of", 0]}],
      "exclude": [{"class": "object", "count": 3}]}
 
-The class "object" matches every blob, also one of unknown shape. ``position`` names a relation and the index
+The class "object" matches every blob, also one of unknown shape. `position` names a relation and the index
 of the earlier include entry it refers to.
 """
 
@@ -29,7 +29,7 @@ _NEAR_MISS = 0.5  # the most credit for a relation that does not hold
 
 
 def _along(a: Detection, b: Detection) -> dict[str, float]:
-    """How far ``a`` lies from ``b`` along each relation's direction: -1 to 1 each."""
+    """How far `a` lies from `b` along each relation's direction: -1 to 1 each."""
     boxes = np.array([a.box, b.box]).reshape(2, 2, 2)
     centres, sizes = boxes.mean(1), np.abs(boxes[:, 1] - boxes[:, 0])
     offset = centres[0] - centres[1]
@@ -42,7 +42,7 @@ def _along(a: Detection, b: Detection) -> dict[str, float]:
 
 
 def relations(a: Detection, b: Detection) -> set[str]:
-    """The relations that ``a`` has to ``b``; diagonal neighbours may have two, overlapping ones none."""
+    """The relations that `a` has to `b`; diagonal neighbours may have two, overlapping ones none."""
     return {name for name, value in _along(a, b).items() if value > DIRECTION}
 
 
@@ -85,8 +85,8 @@ def points(metadata: Metadata, detections: Sequence[Detection]) -> dict[str, boo
 def strict(metadata: Metadata, detections: Sequence[Detection]) -> bool:
     """GenEval's verdict: every point holds.
 
-    As in GenEval more objects than asked for fail only an ``exclude`` entry. Unlike GenEval, which looks at
-    the most confident ``count`` objects only, any object of the class may serve a color or a relation.
+    As in GenEval more objects than asked for fail only an `exclude` entry. Unlike GenEval, which looks at
+    the most confident `count` objects only, any object of the class may serve a color or a relation.
     """
     return all(points(metadata, detections).values())
 

@@ -149,7 +149,7 @@ def careless(record: Record, rng: np.random.Generator) -> tuple[str, Scene]:
 def example(record: Record, rng: np.random.Generator) -> tuple[str, Scene]:
     """One supervised pair for a prompt record: reasoning text and the scene it plans.
 
-    Wrong with probability ``CARELESS[tag]``, or for each riddle on its own with its ``habit``.
+    Wrong with probability `CARELESS[tag]`, or for each riddle on its own with its `habit`.
     """
     asked = riddles_in(record["prompt"])
     if asked:

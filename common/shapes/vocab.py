@@ -39,8 +39,8 @@ UNKNOWN = "unknown"  # the shape of a blob that looks like none of SHAPES
 class Riddle:
     """A phrase that stands for one word.
 
-    ``kind`` is "number", "color", "shape" or "relation"; ``phrase`` is what the prompt says; ``fact`` is the
-    inference that solves it, with ``{}`` where the answer goes; ``answer`` is the word meant.
+    `kind` is "number", "color", "shape" or "relation"; `phrase` is what the prompt says; `fact` is the
+    inference that solves it, with `{}` where the answer goes; `answer` is the word meant.
     """
 
     kind: str
@@ -49,7 +49,7 @@ class Riddle:
     answer: str
 
     def solved(self, answer: str | None = None) -> str:
-        """The inference stated with ``answer`` (the right one by default), e.g. "fresh snow is white"."""
+        """The inference stated with `answer` (the right one by default), e.g. "fresh snow is white"."""
         return self.fact.format(self.answer if answer is None else answer)
 
 
@@ -130,7 +130,7 @@ RIDDLES: tuple[Riddle, ...] = (
 
 
 def riddles(kind: str) -> tuple[Riddle, ...]:
-    """All riddles of one ``kind``, in a fixed order."""
+    """All riddles of one `kind`, in a fixed order."""
     return tuple(r for r in RIDDLES if r.kind == kind)
 
 

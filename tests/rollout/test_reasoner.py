@@ -70,9 +70,9 @@ def random_prompts(count: int, length: int, seed: int = 0) -> list[list[int]]:
 
 
 def reference_logprobs(llm_config: dict[str, Any], weights: Weights, ids: list[int]) -> np.ndarray:
-    """Log-probabilities of every token after each prefix of ``ids``, [len(ids), vocabulary].
+    """Log-probabilities of every token after each prefix of `ids`, [len(ids), vocabulary].
 
-    transformers' Qwen3 is the same decoder once the bias it has on ``o_proj`` is zero. In float64 but for its norms.
+    transformers' Qwen3 is the same decoder once the bias it has on `o_proj` is zero. In float64 but for its norms.
     """
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
