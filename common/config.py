@@ -287,6 +287,11 @@ class Rollout(Resources):
     """Longest wait for one call to a replica."""
 
     @property
+    def patience_s(self) -> float:
+        """Longest wait for any group: a call that hangs may have to end first, and its work be done by another."""
+        return 2 * self.deadline_s + 60
+
+    @property
     def actors(self) -> dict[str, Resources]:
         """The actors of one replica and what each is given, all GPUs of vLLM's workers counted."""
         own = self.reasoner_actor

@@ -18,7 +18,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import logging
 import os
 import re
 import shutil
@@ -30,6 +32,8 @@ from typing import Any
 from pydantic_core import to_json
 
 from common.config import ConfigError
+
+log = logging.getLogger(__name__)
 
 _STEP = re.compile(r"step-(\d{6,})")
 
@@ -177,6 +181,25 @@ class RunDirectory:
             raise
         return self
 
+    @contextmanager
+    def owned(self) -> Iterator[None]:
+        """Nobody else trains in this directory meanwhile. ConfigError if somebody does; the end of a process, a kill
+        too, lets go."""
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(handle)
+            raise ConfigError(
+                f"{self.path} is trained by another process on this machine; wait for its end or stop it, then resume"
+            ) from error
+        except OSError as error:  # recovered from: not every shared file system has locks
+            log.warning("%s cannot be locked (%s); see to it that no other driver trains in it", self.path, error)
+        try:
+            yield
+        finally:
+            os.close(handle)
+
     def open(self) -> RunDirectory:
         """Checks that a run is there. ConfigError if the directory or its config.yaml is missing."""
         if not self.path.is_dir():
@@ -201,11 +224,14 @@ class RunDirectory:
         return target
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
-        """Adds one line and flushes it; NaN and infinities become null."""
-        if not ends_whole(self.metrics):
-            self._rewrite_metrics(self.read_metrics())
-        with self.metrics.open("ab") as file:
-            file.write(dump_json(dict(row)) + b"\n")
+        """Adds one line and flushes it; NaN and infinities become null. A full disk costs the line, not the run."""
+        try:
+            if not ends_whole(self.metrics):
+                self._rewrite_metrics(self.read_metrics())
+            with self.metrics.open("ab") as file:
+                file.write(dump_json(dict(row)) + b"\n")
+        except OSError as error:  # recovered from: half a line is mended by the next one
+            log.warning("%s: the metrics of step %s were not recorded: %s", self.metrics, row.get("step"), error)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All rows in order; none if there is no file. A broken last line, which a kill leaves, is ignored;

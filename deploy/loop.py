@@ -30,8 +30,8 @@ def train(session: Session) -> RunDirectory:
     recovery, first, began = Recovery(session), session.first_step, time.monotonic()
     while True:
         try:
-            for _ in steps(session, first, began):
-                recovery.stepped()
+            for step in steps(session, first, began):
+                recovery.stepped(step)
             return session.run
         except LostLearnerError as error:
             first = recovery.after(error)

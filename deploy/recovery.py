@@ -26,11 +26,13 @@ class Recovery:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._tries = 0
+        self._tries, self._furthest = 0, -1
 
-    def stepped(self) -> None:
-        """A step was done: the run gets on."""
-        self._tries = 0
+    def stepped(self, step: int) -> None:
+        """A step was done. The run gets on if it was not done before: what is lost at the same step each time must
+        come to an end."""
+        if step > self._furthest:
+            self._tries, self._furthest = 0, step
 
     def after(self, error: LostLearnerError) -> int:
         """Rebuilds; the step to go on from. The error itself if the learner was lost so many times in a row."""

@@ -13,6 +13,6 @@ def tickets(session: EvaluationSession, batch: Batch) -> list[Ticket]:
     # Scoring has begun, but for groups that were scored before and are again.
     begun = (
         (place, batch.begun.pop(place, None) or session.rewards.start(ref, batch.size(place)))
-        for place, ref in batch.arrivals(session.config.rollout.deadline_s)
+        for place, ref in batch.arrivals(session.config.rollout.patience_s)
     )
     return [ticket for _, ticket in sorted(begun, key=lambda pair: pair[0])]

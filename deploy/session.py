@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import ray
 from ray.exceptions import AuthenticationError
@@ -119,30 +120,45 @@ def _join(address: str) -> None:
         ) from error
 
 
+def _last_checkpoint(config: TrainConfig, run: RunDirectory) -> tuple[Path | None, int]:
+    """Where a resumed run goes on, and at which step; (None, 0) for one that was stopped before its first checkpoint.
+    ConfigError if none that was written is whole any more, or the reference is another one."""
+    found = run_checkpoint.newest_whole(run.checkpoints)
+    if not found:
+        if run_checkpoint.written(run.checkpoints):
+            raise ConfigError(
+                f"none of the checkpoints in {run.checkpoints} is whole; restore one, or start a new run: "
+                "this one would begin at step 0"
+            )
+        return None, 0
+    checkpoint, state = found
+    if run_checkpoint.identity(directories(config.model)) != state["reference"]:
+        raise ConfigError(
+            f"model.path {config.model.path} is not the checkpoint that {run.path} started from, so the update "
+            "would be held to another reference than before; restore it, or start a new run"
+        )
+    return checkpoint, int(state["step"])
+
+
 @contextmanager
 def open_session(config: TrainConfig, resume: bool = False) -> Iterator[Session]:
     """Checks everything, makes or reopens the run directory, starts the actors; ends them on the way out."""
     inputs = check_inputs(config)
     run = RunDirectory(config.directory)
-    checkpoint, first = None, 0
-    if resume:
-        run.open().clear_partial()
-        if found := run_checkpoint.newest_whole(run.checkpoints):
-            checkpoint, first = found[0], int(found[1]["step"])
-            if run_checkpoint.identity(directories(config.model)) != found[1]["reference"]:
-                raise ConfigError(
-                    f"model.path {config.model.path} is not the checkpoint that {run.path} started from, so the update "
-                    "would be held to another reference than before; restore it, or start a new run"
-                )
-    elif run.path.exists():
-        raise ConfigError(f"{run.path} exists already; give another run_name, or --resume to continue that run")
     with ExitStack() as stack:
+        checkpoint, first = None, 0
+        if resume:
+            stack.enter_context(run.open().owned())
+            run.clear_partial()
+            checkpoint, first = _last_checkpoint(config, run)
+        elif run.path.exists():
+            raise ConfigError(f"{run.path} exists already; give another run_name, or --resume to continue that run")
         progress = stack.enter_context(Progress(config.steps, first))
         progress.phase("starting Ray")
         connect(config)
         stack.callback(ray.shutdown)
         if not resume:
-            run.create(to_yaml(config))
+            stack.enter_context(run.create(to_yaml(config)).owned())
         stack.enter_context(_recorded(run, first))
         control = Control(run)
         progress.phase(

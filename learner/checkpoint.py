@@ -49,11 +49,23 @@ def write(
         shutil.rmtree(left)
     with replacing_directory(directory) as aside:
         _write_files(aside, opened, weights, optimizer, state, in_flight or {})
-    whole = _written(directory.parent)
-    best = max(whole, key=lambda p: read_state(p).get("reward") or -math.inf)
+    whole = written(directory.parent)
+    best = max(whole, key=_reward)
     for old in whole[:-keep]:
         if old != best:
-            _remove(old)
+            try:
+                _remove(old)
+            except OSError as error:  # recovered from: the new one is whole, and the old one goes next time
+                log.warning("%s could not be removed: %s", old, error)
+
+
+def _reward(directory: Path) -> float:
+    """Of a checkpoint's steps; the lowest of all where it has none or cannot be read."""
+    try:
+        reward = read_state(directory).get("reward")
+    except CheckpointError:
+        return -math.inf
+    return reward if reward is not None and math.isfinite(reward) else -math.inf
 
 
 def _remove(directory: Path) -> None:
@@ -99,7 +111,7 @@ def verify(directory: Path) -> dict[str, Any]:
 def newest_whole(directory: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint under `directory` whose files are all as written, with its state; damaged ones are
     passed over with a warning. None if there is none."""
-    for candidate in reversed(_written(directory)):
+    for candidate in reversed(written(directory)):
         try:
             return candidate, verify(candidate)
         except CheckpointError as error:
@@ -107,7 +119,7 @@ def newest_whole(directory: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def _written(directory: Path) -> list[Path]:
+def written(directory: Path) -> list[Path]:
     """Checkpoints that were written to their end, by step."""
     steps = {path: path.name.removeprefix("step-") for path in directory.glob("step-*")}
     whole = [path for path, step in steps.items() if step.isdigit() and (path / MANIFEST).exists()]

@@ -109,7 +109,7 @@ class Replicas:
             if self._broken is not None:
                 raise self._broken
             self._jobs.append(job)
-            self._changed.notify()  # any idle replica may take a job that never failed
+            self._changed.notify_all()  # one that waits for its actor would take a single notice, and not the job
         return job.future
 
     def state(self) -> tuple[int, int, int]:

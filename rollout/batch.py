@@ -121,7 +121,7 @@ class Batch:
                             raise reason
                         missing = sum(ref is None for ref in self.groups)
                         raise RolloutError(
-                            f"no replica finished a group for {deadline_s:.0f} s (rollout.deadline_s); "
+                            f"no replica finished a group for {deadline_s:.0f} s (twice rollout.deadline_s); "
                             f"{missing} of {len(self.groups)} groups are missing"
                         )
                 place = self.arrived.popleft()

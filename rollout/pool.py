@@ -32,6 +32,7 @@ MAX_ERRORS = 3  # of one piece of work
 MAX_DEATHS = 10  # of replicas over one piece of work
 MIN_FAULTS = 3  # in a row, of replicas that cannot be built or hold other weights than they were sent, end the run
 TICK_S = 0.2
+MOST_BACKOFF_S = 60.0  # until another replica is tried in the place of one that cannot be built
 
 
 class RolloutPool:
@@ -46,7 +47,7 @@ class RolloutPool:
         self._manifest: ray.ObjectRef | None = None
         self._awaited: Replica | None = None
         self.restarts = self.rerun_groups = self.continued_groups = 0
-        self._faults = 0
+        self._faults, self._add_from = 0, 0.0
         self._started = 0
         self._queue: deque[Work] = deque()
         self._events: queue.SimpleQueue[tuple[Replica, Call] | None] = queue.SimpleQueue()
@@ -135,7 +136,7 @@ class RolloutPool:
                 return not owing
 
             # One call may have to end before the load begins; each has its own deadline.
-            wait_s = 2 * self.config.rollout.deadline_s + 60
+            wait_s = self.config.rollout.patience_s
             while not self._changed.wait_for(lambda: self._broken or acknowledged(), TICK_S):
                 weights.check()
                 if time.monotonic() < started + wait_s:
@@ -373,8 +374,11 @@ class RolloutPool:
         self._restart(replica)
 
     def _fault(self, error: ConfigError | RolloutError) -> None:
+        """Ends the run after too many in a row, unless others hold the weights: one bad node is no bad pool."""
         self._faults += 1
-        if self._faults >= max(MIN_FAULTS, len(self.replicas)):
+        self._add_from = time.monotonic() + min(MOST_BACKOFF_S, TICK_S * 2**self._faults)
+        healthy = any(replica.serving and replica.holds for replica in self.replicas)
+        if self._faults >= max(MIN_FAULTS, len(self.replicas)) and not healthy:
             self._break(type(error)(f"{self._faults} faults of rollout replicas in a row; the last one: {error}"))
 
     def _overdue(self, replica: Replica, call: Call) -> None:
@@ -400,8 +404,9 @@ class RolloutPool:
         """Asks for replicas while work is queued that nobody is there to take; lets long idle ones go."""
         staying = [replica for replica in self.replicas if not replica.leaving]
         number = wanted(staying, len(self._queue), (self.fewest, self.most), self.config.rollout.idle_s)
-        for _ in range(number - len(staying)):
-            self._add()
+        if time.monotonic() >= self._add_from:
+            for _ in range(number - len(staying)):
+                self._add()
         for replica in first_to_go(staying)[: max(0, len(staying) - number)]:
             replica.leaving = True
             if not replica.serving:

@@ -127,3 +127,24 @@ def test_what_killed_writers_left_is_cleared(tmp_path: Path) -> None:
     assert not list(run.rollouts.iterdir()) and len(list(run.path.rglob("*.partial"))) == 2
     run.clear_partial()
     assert set(run.path.rglob("*")) == whole | {run.rollouts, run.checkpoints}
+
+
+def test_one_process_at_a_time_trains_in_a_directory(run: RunDirectory) -> None:
+    with run.owned(), pytest.raises(ConfigError, match="is trained by another process"), run.owned():
+        pass
+    with run.owned():
+        pass
+
+
+def test_a_full_disk_costs_a_line_of_metrics_and_not_the_run(
+    run: RunDirectory, caplog: pytest.LogCaptureFixture
+) -> None:
+    run.append_metrics({"step": 0})
+    run.metrics.rename(run.path / "kept")
+    run.metrics.symlink_to("/dev/full")
+    run.append_metrics({"step": 1})
+    assert "the metrics of step 1 were not recorded" in caplog.text
+    run.metrics.unlink()
+    (run.path / "kept").rename(run.metrics)
+    run.append_metrics({"step": 2})
+    assert [row["step"] for row in run.read_metrics()] == [0, 2]

@@ -50,7 +50,7 @@ def test_the_default_recipe_fits_when_each_actor_is_kept_in_its_group(cluster: d
         for name, amount in group["resources"].items():
             capacity[name] = capacity.get(name, 0) + amount * group["max_workers"]
     check_resources(config, capacity)
-    assert all(demand.custom for demand in demands(config))
+    assert all(demand.given.custom for demand in demands(config))
 
 
 def test_token_authentication_is_on_everywhere(cluster: dict[str, Any]) -> None:

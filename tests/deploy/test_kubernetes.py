@@ -89,7 +89,7 @@ def test_the_job_fits_the_cluster_with_each_actor_in_its_group(cluster: RayClust
             capacity[name] = capacity.get(name, 0) + amount * group.maxReplicas
     check_resources(config, capacity)
     check_fits(config, nodes)
-    assert all(demand.custom for demand in demands(config))
+    assert all(demand.given.custom for demand in demands(config))
     assert job.spec.clusterSelector == {"ray.io/cluster": cluster.metadata.name}
 
 

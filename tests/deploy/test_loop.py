@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ from ray.exceptions import ObjectLostError
 
 from common.config import TrainConfig
 from common.prompts import PromptOrder
-from common.recipe import load_config
+from common.recipe import load_config, validate
 from common.records import write_groups
 from common.rundir import RunDirectory
 from common.types import Chain, Group, ImageSegment, Prompt, RolloutRequest, RolloutStats, TextSegment
@@ -21,6 +22,7 @@ from deploy.in_flight import InFlight, conditions
 from deploy.loop import Clock, learn
 from deploy.recovery import MAX_TRIES, Recovery, redoing_lost
 from deploy.requests import training_requests
+from deploy.scoring import tickets
 from learner import checkpoint as run_checkpoint
 from learner.group import LostLearnerError
 from rewards.pool import Scored
@@ -59,7 +61,7 @@ def test_groups_that_are_too_stale_are_left_out_and_counted(bound: int, left_out
     session: Any = SimpleNamespace(
         config=SimpleNamespace(
             max_staleness=bound,
-            rollout=SimpleNamespace(deadline_s=1.0),
+            rollout=SimpleNamespace(patience_s=1.0),
             data=SimpleNamespace(refill_rounds=0),
             objective=SimpleNamespace(reward_normalisation="none"),
         ),
@@ -167,10 +169,20 @@ def test_lost_groups_are_asked_for_again_but_not_for_ever() -> None:
 def test_a_learner_that_is_lost_again_and_again_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     recovery = Recovery(SimpleNamespace())  # type: ignore[arg-type]
     monkeypatch.setattr(recovery, "_back", lambda: 4)
-    for _ in range(3 * MAX_TRIES):
+    for step in range(3 * MAX_TRIES):
         assert recovery.after(LostLearnerError("rank 1 died")) == 4
-        recovery.stepped()
+        recovery.stepped(step)
     for _ in range(MAX_TRIES):
         recovery.after(LostLearnerError("rank 1 died"))
+        recovery.stepped(4)  # which was done before
     with pytest.raises(LostLearnerError, match="rank 2 died"):
         recovery.after(LostLearnerError("rank 2 died"))
+
+
+def test_a_group_may_be_made_again_after_a_call_that_hung_to_its_deadline() -> None:
+    config = validate({"rollout": {"deadline_s": 0.2}})
+    batch = Batch(batch_of([0]).requests)
+    stats = RolloutStats(0, 2, 0, 0.0, 0.0, 0.0)
+    threading.Timer(0.5, lambda: batch.finish([0], ["made again"], stats)).start()  # type: ignore[list-item]
+    rewards = SimpleNamespace(start=lambda ref, size: (ref, size))
+    assert tickets(SimpleNamespace(config=config, rewards=rewards), batch) == [("made again", 2)]  # type: ignore[arg-type, comparison-overlap]
