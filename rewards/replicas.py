@@ -58,6 +58,7 @@ class Replicas:
         self._jobs: deque[_Job] = deque()
         self._changed = threading.Condition()
         self._closed = False
+        self._closing = threading.Event()  # apart: who waits for an actor must not take the notice of a new job
         self._broken: Exception | None = None
         self._restarts = 0
         self._rooms = [Placement(scorer.asked, name=self._actor_name(index)) for index in range(scorer.replicas)]
@@ -109,7 +110,7 @@ class Replicas:
             if self._broken is not None:
                 raise self._broken
             self._jobs.append(job)
-            self._changed.notify_all()  # one that waits for its actor would take a single notice, and not the job
+            self._changed.notify()  # any idle replica may take a job that never failed
         return job.future
 
     def state(self) -> tuple[int, int, int]:
@@ -121,6 +122,7 @@ class Replicas:
         """Ends the actors; groups not scored yet are cancelled."""
         with self._changed:
             self._closed = True
+            self._closing.set()
             for job in self._jobs:
                 job.future.cancel()
             self._jobs.clear()
@@ -233,9 +235,8 @@ class Replicas:
                     self._changed.notify_all()
                 event("reward_ready", actor=self._actor_name(index))
                 return
-            with self._changed:
-                if self._closed or self._changed.wait_for(lambda: self._closed, _POLL_S):
-                    return
+            if self._closing.wait(_POLL_S):
+                return
         else:
             problem = self._roomless([index]) or f"not restarted within {START_TIMEOUT_S:.0f} s"
         self._give_up(index, problem)

@@ -113,8 +113,8 @@ def test_faults_mask_their_own_group_only(start: Start, tmp_path: Path) -> None:
 def test_scores_that_are_not_finite_stop_or_are_left_out(start: Start, value: float) -> None:
     groups = [_flat(0, do="value", value=value), _flat(10)]
     with pytest.raises(NonFiniteError, match=f"reward {FAULTY}: 1 scores are NaN or infinite"):
-        start({"name": FAULTY}).score(groups, [G, G])
-    scored = start({"name": FAULTY}, on_nonfinite="skip").score(groups, [G, G])
+        _score(start({"name": FAULTY}), groups, [G, G])
+    scored = _score(start({"name": FAULTY}, on_nonfinite="skip"), groups, [G, G])
     np.testing.assert_array_equal(scored.total, [[np.nan, 1, 2], [10, 11, 12]])
     assert scored.nonfinite == scored.errors == 1
 
