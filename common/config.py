@@ -155,7 +155,7 @@ class Objective(Section):
     reward_normalisation: Literal["none", "group"] = "none"
     """Several rewards are summed as they are, or each normalised within its group first; with advantage_std: global
     that is GDPO."""
-    text_clip_low: Positive = 0.2
+    text_clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Lower clip of the text ratio, 1 - this."""
     text_clip_high: Positive = 0.2
     """Upper clip of the text ratio, 1 + this."""

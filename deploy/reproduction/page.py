@@ -234,10 +234,10 @@ def _findings(scores: Mapping[str, Score]) -> list[str]:
     single = [row for row in ("refl", "refl-think", "flowgrpo", "flowgrpo-think", "textgrpo") if row in scores]
     if single:
         best = max(single, key=lambda row: scores[row].overall.mean)
-        apart = ours.low > scores[best].overall.high or ours.high < scores[best].overall.low
+        above = ours.low > scores[best].overall.high
         lines.append(
             f"- The best row that trains one modality is {ROWS[best].title}, {scores[best].overall}; UniGRPO's "
-            f"interval {'does not overlap' if apart else 'overlaps'} it."
+            f"interval {'lies above' if above else 'does not lie above'} it."
         )
     order = sorted(scores, key=lambda row: -scores[row].overall.mean)
     lines.append(f"- Order by strict accuracy: {' > '.join(ROWS[row].title for row in order)}.")
@@ -251,11 +251,11 @@ def _tasks(scores: Mapping[str, Score]) -> list[str]:
     for row, of_row in scores.items():
         paper = dict(zip(TASKS, ROWS[row].tasks or (), strict=False))
         lines.append([ROWS[row].title, *(_task(of_row.tasks.get(task), paper.get(task)) for task in tasks)])
-    return ["In brackets: the paper's.", "", *_table(["", *tasks], lines)]
+    return ["In round brackets: the paper's.", "", *_table(["", *tasks], lines)]
 
 
 def _task(measured: Estimate | None, paper: float | None) -> str:
-    ours = "–" if measured is None else f"{100 * measured.mean:.1f}"
+    ours = "–" if measured is None else str(measured)
     return ours if paper is None else f"{ours} ({100 * paper:.0f})"
 
 
