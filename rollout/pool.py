@@ -376,7 +376,7 @@ class RolloutPool:
     def _fault(self, error: ConfigError | RolloutError) -> None:
         """Ends the run after too many in a row, unless others hold the weights: one bad node is no bad pool."""
         self._faults += 1
-        self._add_from = time.monotonic() + min(MOST_BACKOFF_S, TICK_S * 2**self._faults)
+        self._add_from = time.monotonic() + min(MOST_BACKOFF_S, TICK_S * 2 ** min(self._faults, 10))
         healthy = any(replica.serving and replica.holds for replica in self.replicas)
         if self._faults >= max(MIN_FAULTS, len(self.replicas)) and not healthy:
             self._break(type(error)(f"{self._faults} faults of rollout replicas in a row; the last one: {error}"))
