@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
+from urllib.parse import parse_qsl, urlsplit
 
 if TYPE_CHECKING:
     from common.config import TrainConfig
 
-SECRET = re.compile(r"(?i)(^|_)(key|token|secret|password)$")
+_SECRETS = "(api|access|private)?key", "token", "secret", "pass(word|wd|phrase)", "credentials?", "auth(orization)?"
+SECRET = re.compile(rf"(^|[^a-z])({'|'.join(_SECRETS)})$")
 
 
 def contradictions(config: TrainConfig) -> Iterator[str]:
     """Every contradiction, in the order in which they should be mended; of training only where there is any."""
     always = _window, _guidance, _replicas, _reasoner, _rewards
-    training = _noise, _batch, _learner, _objective, _groups
+    training = _noise, _batch, _learner, _objective, _refl, _rates, _groups
     for check in (*always, *(training if config.steps else ())):
         yield from check(config)
 
@@ -42,10 +44,15 @@ def _noise(config: TrainConfig) -> Iterator[str]:
     s, o = config.sampling, config.objective
     if s.points == 2 and s.noise_level > 0:
         yield "sampling.points is 2: a single step leaves nothing to explore; raise it"
-    if s.noise_level == 0 and o.image_weight:
+    if s.noise_level == 0 and o.image_weight and config.algorithm != "refl":
         yield (
             f"sampling.noise_level is 0 but objective.image_weight is {o.image_weight:g}; without noise there is no "
             "ratio to train on: raise the noise or set the weight to 0"
+        )
+    if s.noise_level == 0 and o.regulariser == "latent_kl":
+        yield (
+            "sampling.noise_level is 0 but objective.regulariser is latent_kl, which is measured in units of the "
+            "noise; raise it, or take velocity_mse"
         )
     if s.sampler == "flow_cps" and s.noise_level > 1:
         yield f"sampling.noise_level is {s.noise_level:g}; flow_cps knows levels from 0 to 1"
@@ -62,6 +69,13 @@ def _guidance(config: TrainConfig) -> Iterator[str]:
         yield (
             f"sampling.cfg.text_scale is {training.text_scale:g} but evaluation.cfg.text_scale is 1; a policy trained "
             "with guidance draws with it: give evaluation.cfg the same scales, or train without"
+        )
+    elif training.enabled and training != evaluation:
+        name = next(n for n in type(training).model_fields if getattr(training, n) != getattr(evaluation, n))
+        mine, other = getattr(training, name), getattr(evaluation, name)
+        yield (
+            f"sampling.cfg.{name} is {mine} but evaluation.cfg.{name} is {other}; a policy trained with guidance is "
+            "judged with the same: give both one value"
         )
 
 
@@ -113,12 +127,36 @@ def _rewards(config: TrainConfig) -> Iterator[str]:
     if len(set(names)) != len(names):
         yield f"rewards names a scorer twice: {', '.join(names)}; give each one entry"
     for place, scorer in enumerate(config.rewards):
-        for name in (name for name, value in scorer.options.items() if isinstance(value, str) and SECRET.search(name)):
+        for name in _secrets(scorer.options, f"rewards.{place}.options"):
             # Without the value: messages go to logs.
             yield (
-                f"rewards.{place}.options.{name} looks like a secret, which config.yaml would show; let the scorer "
-                "read it from an environment variable and give that variable's name"
+                f"{name} looks like a secret, which config.yaml would show; let the scorer read it from an environment "
+                "variable and give that variable's name"
             )
+
+
+def _secrets(value: object, name: str) -> Iterator[str]:
+    """Names of texts that are, or of addresses that hold, what nobody else may know."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _secrets(inner, f"{name}.{key}")
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            yield from _secrets(inner, f"{name}.{index}")
+    elif isinstance(value, str) and (_names_secret(name.rpartition(".")[2]) or _holds_secret(value)):
+        yield name
+
+
+def _names_secret(name: str) -> bool:
+    return bool(SECRET.search(re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower()))
+
+
+def _holds_secret(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+    except ValueError:
+        return False
+    return bool(parts.scheme and (parts.password or any(_names_secret(key) for key, _ in parse_qsl(parts.query))))
 
 
 def _objective(config: TrainConfig) -> Iterator[str]:
@@ -130,16 +168,41 @@ def _objective(config: TrainConfig) -> Iterator[str]:
         )
     if o.text_weight == 0 and o.image_weight == 0:
         yield "objective.text_weight and objective.image_weight are both 0; nothing would be trained"
-    if config.algorithm == "refl":
-        if o.text_weight:
-            yield f"objective.text_weight is {o.text_weight:g} but algorithm refl leaves the text alone; set it to 0"
-        if "shapes_learned" not in {scorer.name for scorer in config.rewards}:
-            yield "algorithm is refl but rewards has no shapes_learned, whose gradient it follows; add it"
     if o.epochs > 1 and config.max_staleness:
         yield (
             f"objective.epochs is {o.epochs} but max_staleness is {config.max_staleness}; the old means of stale "
             "chains are the rollout's, not the learner's, and further epochs would clip on the difference: set epochs "
             "to 1 or max_staleness to 0"
+        )
+
+
+def _refl(config: TrainConfig) -> Iterator[str]:
+    if config.algorithm != "refl":
+        return
+    if weight := config.objective.text_weight:
+        yield f"objective.text_weight is {weight:g} but algorithm refl leaves the text alone; set it to 0"
+    if not any(scorer.weight for scorer in config.rewards if scorer.name == "shapes_learned"):
+        yield (
+            "algorithm is refl but rewards has no shapes_learned of a weight other than 0, whose gradient it follows; "
+            "add it"
+        )
+
+
+def _rates(config: TrainConfig) -> Iterator[str]:
+    o, rates = config.objective, config.optimizer
+    if any(group.lr for group in rates.groups):
+        return
+    if not rates.lr_reasoning and not rates.lr_denoising:
+        yield "optimizer.lr_reasoning and optimizer.lr_denoising are both 0; nothing would be trained"
+    elif not rates.lr_reasoning and o.text_weight:
+        yield (
+            f"optimizer.lr_reasoning is 0 but objective.text_weight is {o.text_weight:g}, which trains nothing else; "
+            "raise the rate or set the weight to 0"
+        )
+    elif not rates.lr_denoising and o.image_weight and not o.image_grad_to_reasoning:
+        yield (
+            f"optimizer.lr_denoising is 0 but objective.image_weight is {o.image_weight:g} and image_grad_to_reasoning "
+            "is false, so it trains nothing; raise the rate or set the weight to 0"
         )
 
 

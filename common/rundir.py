@@ -65,9 +65,11 @@ def replacing_directory(path: Path, new: bool = False) -> Iterator[Path]:
         if path.exists() and not new:
             path.rename(old)
         aside.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        if old.exists() and not path.exists():
+            old.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def dump_json(value: Any, indent: int | None = None) -> bytes:

@@ -12,8 +12,10 @@ from functools import partial
 
 import numpy as np
 
+from common.config import TrainConfig
 from common.rundir import RunDirectory
 from common.timeline import timed
+from common.transport import LostWeightsError
 from deploy.evaluation_run import evaluate
 from deploy.in_flight import InFlight, conditions
 from deploy.recovery import Recovery, redoing_lost
@@ -33,7 +35,7 @@ def train(session: Session) -> RunDirectory:
             for step in steps(session, first, began):
                 recovery.stepped(step)
             return session.run
-        except LostLearnerError as error:
+        except (LostLearnerError, LostWeightsError) as error:
             first = recovery.after(error)
 
 
@@ -42,8 +44,8 @@ def steps(session: Session, first: int, began: float) -> Iterator[int]:
     config, run = session.config, session.run
     rollout, learner = session.rollout, session.learner
     rollout.sync(learner.publish())
-    if first == 0 and not run.evaluation_file(0).exists():
-        evaluate(session, step=0)
+    if _evaluated_at(config, first) and not run.evaluation_file(first).exists():
+        evaluate(session, step=first)  # before training, or cut off with the run that goes on here
 
     in_flight, done = InFlight(session, first), first
     recent: list[float] = []
@@ -67,7 +69,7 @@ def steps(session: Session, first: int, began: float) -> Iterator[int]:
             state = {"step": done, "seed": config.seed, "reward": float(np.nanmean(recent))}
             learner.save(run.checkpoint(done), state | {"conditions": conditions(config)}, in_flight.finished())
             recent.clear()
-        if config.evaluation.every and done % config.evaluation.every == 0:
+        if _evaluated_at(config, done):
             evaluate(session, step=done)
         yield step
         if stop:
@@ -75,6 +77,12 @@ def steps(session: Session, first: int, began: float) -> Iterator[int]:
     if not run.evaluation_file(done).exists():
         evaluate(session, step=done)
     learner.saved()
+
+
+def _evaluated_at(config: TrainConfig, step: int) -> bool:
+    """Whether the run is evaluated after so many steps, its last apart."""
+    every = config.evaluation.every
+    return step == 0 or bool(every and step % every == 0)
 
 
 def learn(session: Session, step: int, batch: Batch, clock: Clock) -> tuple[Scored, dict[str, float]]:

@@ -10,6 +10,7 @@ from ray.exceptions import ObjectLostError
 
 from common.events import event
 from common.runtime import one_line
+from common.transport import LostWeightsError
 from deploy.session import EvaluationSession, Session
 from learner import checkpoint as run_checkpoint
 from learner.group import LostLearnerError
@@ -34,8 +35,9 @@ class Recovery:
         if step > self._furthest:
             self._tries, self._furthest = 0, step
 
-    def after(self, error: LostLearnerError) -> int:
-        """Rebuilds; the step to go on from. The error itself if the learner was lost so many times in a row."""
+    def after(self, error: LostLearnerError | LostWeightsError) -> int:
+        """Rebuilds; the step to go on from. The error itself if the learner, or what it published, was lost too often
+        in a row."""
         while True:
             self._tries += 1
             if self._tries > MAX_TRIES:
@@ -56,6 +58,7 @@ class Recovery:
         session.learner.rebuild(path)
         session.run.clear_partial(session.run.rollouts)
         session.learner.wait_ready()
+        session.learner.check_sees(session.run.path)
         session.trackers.rewind(step)
         event("learner_ready", step=step)
         return step

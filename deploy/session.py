@@ -56,7 +56,7 @@ class EvaluationSession:
     def show(self, step: int, samples: list[Sample]) -> None:
         """Some samples of an evaluation in the log."""
         for sample in samples[:SHOWN_IN_LOG]:
-            text = f"{sample.prompt!r}: {sample.reasoning!r}, drawn with strict score {sample.strict:g}"
+            text = f"{sample.prompt!r}: {sample.reasoning!r}, drawn with score {sample.strict:g}"
             self.progress.detail(f"  sample {text}")
         self.progress.detail(f"  images: {self.run.samples_file(step)}")
 
@@ -173,7 +173,7 @@ def open_session(config: TrainConfig, resume: bool = False) -> Iterator[Session]
         rewards = RewardPool(config.rewards, config.run_name, config.on_nonfinite)
         stack.callback(rewards.close)
         learner.wait_ready()
-        learner.check_sees(run.config)
+        learner.check_sees(run.path)
         table = learner.parameters()
         progress.detail(table)
         with replacing(run.parameters) as aside:

@@ -10,19 +10,24 @@ import sys
 import threading
 import time
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 import aiohttp
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from common.config import ConfigError
-from common.runtime import SUBMITTED_WITH, check_answers, one_line, versions
+from common.runtime import CONNECT_S, SUBMITTED_WITH, one_line, versions
 
 INTERRUPTED = 130
 STOPPED = 143
 STOP_S = 60.0
+RETRY_S = 60.0
+LOST = (RuntimeError, OSError, aiohttp.ClientError)  # what Ray's client raises; of requests, OSError
 
 
 def connect(address: str) -> JobSubmissionClient:
@@ -35,13 +40,19 @@ def connect(address: str) -> JobSubmissionClient:
         raise ConfigError(f"--address is {address}; give the dashboard's, e.g. http://127.0.0.1:8265")
     os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray would prefer RAY_ADDRESS to an argument
     try:
-        check_answers(parts.hostname, parts.port or (443 if parts.scheme == "https" else 80))
+        _check_serves(address)
         return JobSubmissionClient(address)
     except (AuthenticationError, OSError, RuntimeError, ValueError) as error:
         raise ConfigError(
             f"--address is {address} but no Ray cluster takes jobs from us there ({one_line(error)}). Give its "
             "dashboard's (`ray dashboard ray_cluster.yaml` forwards it), with RAY_AUTH_MODE and the token as there"
         ) from error
+
+
+def _check_serves(address: str) -> None:
+    """OSError if no HTTP server answers within seconds; Ray's own client waits without end."""
+    with suppress(HTTPError):  # refused, but by a server
+        urlopen(address, timeout=CONNECT_S).close()
 
 
 def uploaded(recipe: str, working_dir: Path) -> str:
@@ -85,7 +96,7 @@ def follow(client: JobSubmissionClient, job: str, stop_on_interrupt: bool) -> in
             print(f"\n{job} goes on: `unigrpo submit --follow {job}` shows it again, --stop {job} ends it", flush=True)
             return INTERRUPTED
         stop(client, job)
-    except (RuntimeError, aiohttp.ClientError) as error:
+    except LOST as error:
         raise ConfigError(f"lost the log of {job} ({one_line(error)}); try `unigrpo submit --follow {job}`") from error
     return _exit_code(_ended(client, job))
 
@@ -94,7 +105,7 @@ def stop(client: JobSubmissionClient, job: str) -> JobStatus:
     """Ends a job and waits until it has; a run that it trained continues with --resume. ConfigError for no such job."""
     try:
         client.stop_job(job)
-    except RuntimeError as error:
+    except LOST as error:
         raise ConfigError(f"{job} cannot be stopped ({one_line(error)})") from error
     return _ended(client, job).status
 
@@ -107,17 +118,39 @@ def _show_log(client: JobSubmissionClient, job: str, shown: Future[None]) -> Non
 
 
 async def _print_log(client: JobSubmissionClient, job: str) -> None:
-    async for lines in client.tail_job_logs(job):
-        print(lines, end="", flush=True)
+    """Until the job has ended: a proxy or a dashboard that starts anew ends the connection, and each one tells the log
+    from its beginning. The error once nobody has answered for RETRY_S."""
+    shown, heard = 0, time.monotonic()
+    while True:
+        try:
+            told = 0
+            async for lines in client.tail_job_logs(job):
+                print(lines[max(0, shown - told) :], end="", flush=True)
+                told, heard = told + len(lines), time.monotonic()
+                shown = max(shown, told)
+            if client.get_job_info(job).status.is_terminal():
+                return
+            heard = time.monotonic()
+        except LOST:
+            if time.monotonic() > heard + RETRY_S:
+                raise
+        await asyncio.sleep(1)
 
 
 def _ended(client: JobSubmissionClient, job: str) -> JobDetails:
     deadline = time.monotonic() + STOP_S
-    while not (info := client.get_job_info(job)).status.is_terminal():
+    while not (info := _info(client, job)).status.is_terminal():
         if time.monotonic() > deadline:
             raise ConfigError(f"{job} is still {info.status} after {STOP_S:.0f} s; look at its driver in the dashboard")
         time.sleep(0.2)
     return info
+
+
+def _info(client: JobSubmissionClient, job: str) -> JobDetails:
+    try:
+        return client.get_job_info(job)
+    except LOST as error:
+        raise ConfigError(f"lost sight of {job} ({one_line(error)}); try `unigrpo submit --follow {job}`") from error
 
 
 def _exit_code(info: JobDetails) -> int:

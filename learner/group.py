@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -126,12 +127,19 @@ class LearnerGroup:
             raise LostLearnerError(f"rank 0's node was lost while the learner started: {error}") from error
         return int(self._all("ping")[0])
 
-    def check_sees(self, path: Path) -> None:
-        """ConfigError if rank 0, which writes checkpoints and rollouts, does not find what the driver has written."""
-        if node := self._all("misses", str(path))[0]:
+    def check_sees(self, directory: Path) -> None:
+        """ConfigError if rank 0, which writes checkpoints and rollouts, does not find what the driver writes there."""
+        # A name that was never used: a directory of the same run's name may well lie on that node's own disk.
+        token = directory / f"shared-{uuid.uuid4().hex}.partial"
+        token.touch()
+        try:
+            node = self._all("misses", str(token))[0]
+        finally:
+            token.unlink()
+        if node:
             raise ConfigError(
-                f"{path}, which the driver has written, does not exist on the learner's node {node}; give a runs_dir "
-                "that all nodes share, or set UNIGRPO_HOME to a directory that they share"
+                f"{directory} on the learner's node {node} is not the directory that the driver writes to; give a "
+                "runs_dir that all nodes share, or set UNIGRPO_HOME to a directory that they share"
             )
 
     def parameters(self) -> str:
@@ -148,7 +156,7 @@ class LearnerGroup:
         metrics: dict[str, float] = self._all("update", step)[0]
         if metrics["loss/nonfinite"] and self.config.on_nonfinite == "stop":
             raise NonFiniteError(
-                f"step {step}: the gradient is NaN or infinite; the weights were left as they were. "
+                f"step {step}: the gradient is NaN or infinite; the weights were left as they were before it. "
                 "Lower the learning rates, or set on_nonfinite=skip to drop such updates"
             )
         return metrics

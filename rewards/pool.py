@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -89,11 +89,12 @@ class RewardPool:
     def finish(self, tickets: Sequence[Ticket]) -> Scored:
         """Waits for the scores of groups of equal size, in their order. ValueError for none or unequal ones;
         ObjectLostError if a group was lost with its node; NonFiniteError if a score was NaN or infinite and
-        on_nonfinite is stop; RuntimeError if a scorer has lost all its actors for good."""
+        on_nonfinite is stop; RuntimeError if a scorer has lost all its actors for good, or gives no score any more."""
         sizes = sorted({ticket.size for ticket in tickets})
         if len(sizes) != 1:
             raise ValueError(f"tickets are of groups with {sizes} chains; give at least one, all of the same size")
         size = sizes[0]
+        self._wait(tickets)
         outcomes = [[future.result() for future in ticket.outcomes] for ticket in tickets]
         total = np.zeros((len(tickets), size))
         failed = np.zeros(total.shape, bool)
@@ -115,6 +116,19 @@ class RewardPool:
         last = max(outcome.finished for row in outcomes for outcome in row)
         seconds = last - min(ticket.started for ticket in tickets)
         return Scored(total, by_scorer, components, int(failed.sum()), nonfinite, seconds)
+
+    def _wait(self, tickets: Sequence[Ticket]) -> None:
+        for scorer, replicas, owed in zip(
+            self._scorers, self._replicas, zip(*(ticket.outcomes for ticket in tickets), strict=True), strict=True
+        ):
+            waiting: set[Future[Outcome]] = set(owed)
+            while waiting:
+                done, waiting = wait(waiting, replicas.patience_s, FIRST_COMPLETED)
+                if not done:
+                    raise RuntimeError(
+                        f"reward {scorer.name}: no group was scored for {replicas.patience_s:.0f} s (all tries of "
+                        f"rewards.deadline_s, with a restart after each); {len(waiting)} of {len(tickets)} are missing"
+                    )
 
     def _nonfinite(self, scorer: Reward, rewards: Iterable[Rewards | None]) -> int:
         count = sum(r.nonfinite for r in rewards if r is not None)

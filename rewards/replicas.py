@@ -13,11 +13,12 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError
+from ray.exceptions import ActorAlreadyExistsError, GetTimeoutError, ObjectLostError, RayActorError, RayError
 
 from common.actors import Placement, last_line, not_built, options
 from common.config import ConfigError, Reward
@@ -29,6 +30,7 @@ from rewards.actor import RewardActor
 START_TIMEOUT_S = 600.0  # for an actor to be scheduled and built, at first and after a death
 _PING_S = 30.0
 _POLL_S = 0.2
+_MOST_PAUSE_S = 30.0  # until another actor is tried in the place of one that cannot be built
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +115,11 @@ class Replicas:
             self._changed.notify()  # any idle replica may take a job that never failed
         return job.future
 
+    @property
+    def patience_s(self) -> float:
+        """How long a group that is being scored may take: its tries, and a restart after each."""
+        return (self.scorer.retries + 1) * (self.scorer.deadline_s + START_TIMEOUT_S)
+
     def state(self) -> tuple[int, int, int]:
         """Groups that wait, actors that serve, actors that were lost since the start."""
         with self._changed:
@@ -137,19 +144,24 @@ class Replicas:
     def _serve(self, index: int) -> None:
         while (job := self._take(index)) is not None:
             try:
-                lost = self._score(index, job)
-            except Exception as error:  # this thread's end would go unheard; whoever waits for the score must hear it
-                job.future.set_exception(error)
-                self._give_up(index, f"{type(error).__name__}: {error}")
-            else:
-                if lost:
+                if self._score(index, job):
                     self._rejoin(index)
+            except Exception as error:  # this thread's end would go unheard; whoever waits for the score must hear it
+                log.exception("%s failed", self._actor_name(index))
+                if not job.future.done():
+                    job.future.set_exception(error)
+                self._give_up(index, f"{type(error).__name__}: {error}")
 
     def _score(self, index: int, job: _Job) -> bool:
         """One try. Returns whether the actor was lost over it."""
+        give_up = time.monotonic() + START_TIMEOUT_S
         while not ray.wait([job.group], timeout=_POLL_S, fetch_local=False)[0]:
             if self._closed:
                 job.future.cancel()
+                return False
+            if time.monotonic() > give_up:
+                waited = f"a group to be scored was not there for {START_TIMEOUT_S:.0f} s"
+                job.future.set_exception(RuntimeError(waited))
                 return False
         actor = self._actors[index]
         try:
@@ -219,27 +231,34 @@ class Replicas:
         return lost
 
     def _rejoin(self, index: int) -> None:
-        """Waits for Ray to restart the actor, which serves again; a replica that does not come back is given up."""
-        give_up = time.monotonic() + START_TIMEOUT_S
-        problem: ConfigError | str
+        """Waits for Ray to restart the actor, which serves again; a replica that does not come back is given up. One
+        whose `__init__` failed Ray does not restart; another takes its place, since the reason may be a moment's."""
+        give_up, pause = time.monotonic() + START_TIMEOUT_S, _POLL_S
+        problem = ""
         while time.monotonic() < give_up:
             try:
                 self._starts[index] = ray.get(self._actors[index].ping.remote(), timeout=_PING_S)
             except RayError as error:  # recovered from: Ray is still restarting it
                 if isinstance(error, RayActorError) and error.actor_init_failed:
-                    problem = last_line(error)
-                    break
+                    problem, pause = last_line(error), min(2 * pause, _MOST_PAUSE_S)
+                    log.warning("%s cannot be built: %s; trying again", self._actor_name(index), problem)
+                    self._replace(index)
             else:
                 with self._changed:
                     self._live.add(index)
                     self._changed.notify_all()
                 event("reward_ready", actor=self._actor_name(index))
                 return
-            if self._closing.wait(_POLL_S):
+            if self._closing.wait(pause):
                 return
-        else:
-            problem = self._roomless([index]) or f"not restarted within {START_TIMEOUT_S:.0f} s"
-        self._give_up(index, problem)
+        self._give_up(index, self._roomless([index]) or problem or f"not restarted within {START_TIMEOUT_S:.0f} s")
+
+    def _replace(self, index: int) -> None:
+        with self._changed:  # `close` ends either the old one or the new one
+            if not self._closed:
+                ray.kill(self._actors[index])
+                with suppress(ActorAlreadyExistsError):  # for a moment the old one still has the name: next time
+                    self._actors[index] = self._start(index)
 
     def _give_up(self, index: int, problem: ConfigError | str) -> None:
         log.error("%s is given up: %s", self._actor_name(index), problem)

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, ObjectLostError
+from ray.exceptions import RayError
 
 from common.config import ConfigError
+from common.transport import LostWeightsError
 from common.types import RolloutRequest, RolloutStats
 
 LOST_AFTER_S = 300.0
@@ -108,11 +109,11 @@ class Batch:
 
     def arrivals(self, deadline_s: float) -> Iterator[tuple[int, Any]]:
         """Yields (position, group reference) as groups become ready; RolloutError if the work failed or stalls; what
-        `stalled` says, where it knows better."""
+        `stalled` says, where it knows better; LostWeightsError if no replica can get the weights."""
         for _ in self.groups:
             with self.changed:
                 while not self.arrived:
-                    if isinstance(self.error, ConfigError):
+                    if isinstance(self.error, ConfigError | LostWeightsError):
                         raise self.error
                     if self.error:
                         raise RolloutError(str(self.error)) from self.error
@@ -130,12 +131,12 @@ class Batch:
     def forget_lost(self) -> list[int]:
         """Clears the groups whose bytes are on no node any more, or cannot be had for minutes, and returns their
         positions. `arrivals` begins anew, so that all are scored again."""
-        probes = [touch.remote(ref) for ref in self.refs]
-        lost = []
-        for place, probe in enumerate(probes):
+        probes = {place: touch.remote(ref) for place, ref in enumerate(self.groups) if ref is not None}
+        lost, deadline = [], time.monotonic() + LOST_AFTER_S
+        for place, probe in probes.items():
             try:
-                ray.get(probe, timeout=LOST_AFTER_S)
-            except (ObjectLostError, GetTimeoutError):
+                ray.get(probe, timeout=max(0.0, deadline - time.monotonic()))
+            except RayError:  # also if the probe was lost: a group too many costs time, one too few the run
                 lost.append(place)
         with self.changed:
             for place in lost:

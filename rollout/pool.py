@@ -20,8 +20,9 @@ from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from common.actors import last_line, not_built
 from common.config import ConfigError, TrainConfig
 from common.events import event
+from common.runtime import one_line
 from common.timeline import span
-from common.transport import Publication, TransportError
+from common.transport import LostWeightsError, Publication, TransportError
 from common.types import RolloutRequest, RolloutStats
 from rollout.batch import Batch, FollowUp, RolloutError, Work
 from rollout.replica import STATES, Call, Replica
@@ -47,7 +48,8 @@ class RolloutPool:
         self._manifest: ray.ObjectRef | None = None
         self._awaited: Replica | None = None
         self.restarts = self.rerun_groups = self.continued_groups = 0
-        self._faults, self._add_from = 0, 0.0
+        self._faults, self._misses, self._add_from = 0, 0, 0.0
+        self._orphaned: LostWeightsError | None = None
         self._started = 0
         self._queue: deque[Work] = deque()
         self._events: queue.SimpleQueue[tuple[Replica, Call] | None] = queue.SimpleQueue()
@@ -127,6 +129,7 @@ class RolloutPool:
         started = time.monotonic()
         with self._changed:
             self.weights, self._manifest = weights, ray.put(weights.manifest)
+            self._misses, self._orphaned = 0, None
             owing = list(self.replicas)
             self._events.put(None)
 
@@ -137,7 +140,7 @@ class RolloutPool:
 
             # One call may have to end before the load begins; each has its own deadline.
             wait_s = self.config.rollout.patience_s
-            while not self._changed.wait_for(lambda: self._broken or acknowledged(), TICK_S):
+            while not self._changed.wait_for(lambda: self._broken or self._orphaned or acknowledged(), TICK_S):
                 weights.check()
                 if time.monotonic() < started + wait_s:
                     continue
@@ -146,8 +149,8 @@ class RolloutPool:
                     f"{names} did not acknowledge weights version {weights.manifest.version} within {wait_s:.0f} s "
                     "(twice rollout.deadline_s)"
                 )
-            if self._broken:
-                raise self._broken
+            if error := self._broken or self._orphaned:
+                raise error
             holding = sum(replica.holds is weights for replica in self.replicas)
         manifest, seconds = weights.manifest, time.monotonic() - started
         event("publish", version=manifest.version, checksum=manifest.checksum, replicas=holding, seconds=seconds)
@@ -198,8 +201,8 @@ class RolloutPool:
     def _enqueue(self, batch: Batch, places: list[int]) -> None:
         size = self.config.rollout.groups_per_call
         with self._changed:
-            if self._broken:
-                raise self._broken
+            if error := self._broken or self._orphaned:
+                raise error
             for i in range(0, len(places), size):
                 piece = places[i : i + size]
                 self._queue.append(Work([batch.requests[place] for place in piece], batch, piece))
@@ -290,8 +293,8 @@ class RolloutPool:
         elif call.work:
             self._generated(replica, call, call.work, error)
         elif isinstance(cause, ObjectLostError):
-            # The published bytes died with the learner's node; a rebuilt learner publishes again.
             replica.serving, replica.again_at = False, time.monotonic() + TICK_S
+            self._missing(call.weights)
         elif isinstance(cause, TransportError):
             log.warning("%s: %s; it is sent again", replica.name, cause)
         elif isinstance(error, RayTaskError):
@@ -302,7 +305,7 @@ class RolloutPool:
         elif call.weights:
             held, sent = call.future.result(), call.weights.manifest.checksum
             if held == sent:
-                replica.holds = call.weights
+                replica.holds, self._misses = call.weights, 0
             else:
                 self._wrong(replica, f"it holds {held} instead of {sent}")
 
@@ -329,10 +332,19 @@ class RolloutPool:
             return
         if isinstance(error, RayTaskError):
             work.errors += 1
+            if not isinstance(error.cause, ObjectLostError):  # of what was begun, whose node is lost
+                self._raised(replica, error)
         else:
             replica.blamed = work
             self._lost(replica, error)
         self._retry(work, f"{replica.name}: {getattr(error, 'cause', None) or type(error).__name__}")
+
+    def _raised(self, replica: Replica, error: RayTaskError) -> None:
+        """An engine that died within a living process fails at everything, sooner than others finish: the replica is
+        started afresh, and another takes the work."""
+        log.warning("%s failed (%s); restarting it", replica.name, one_line(error.cause))
+        event("replica_lost", replica=replica.name, reason=one_line(error.cause))
+        self._restart(replica)
 
     def _paused(self, work: Work, begun: ray.ObjectRef) -> None:
         """Its replica loads the new weights; then it, or another, goes on with the chains as they are."""
@@ -381,6 +393,19 @@ class RolloutPool:
         if self._faults >= max(MIN_FAULTS, len(self.replicas)) and not healthy:
             self._break(type(error)(f"{self._faults} faults of rollout replicas in a row; the last one: {error}"))
 
+    def _missing(self, weights: Publication | None) -> None:
+        """The published bytes died with the learner's node. If no replica has them either, whoever waits for groups
+        hears of it: a rebuilt learner publishes again."""
+        self._misses += 1
+        if weights is not self.weights or self._misses < max(MIN_FAULTS, len(self.replicas)):
+            return
+        if weights is None or any(replica.holds is weights for replica in self.replicas):
+            return
+        self._orphaned = LostWeightsError(
+            f"weights version {weights.manifest.version} is lost with the learner's node, and no replica holds it"
+        )
+        self._fail_all(self._orphaned)
+
     def _overdue(self, replica: Replica, call: Call) -> None:
         waited = time.monotonic() - call.started
         if call.kind == "build" and not replica.has_room():
@@ -416,6 +441,9 @@ class RolloutPool:
     def _break(self, error: Exception) -> None:
         with self._changed:
             self._broken = error
-            for batch in {work.batch for work in [*self._queue, *self._under_way()]}:
-                batch.fail(error)
+            self._fail_all(error)
             self._changed.notify_all()
+
+    def _fail_all(self, error: Exception) -> None:
+        for batch in {work.batch for work in [*self._queue, *self._under_way()]}:
+            batch.fail(error)

@@ -20,6 +20,10 @@ class TransportError(RuntimeError):
     """Weights did not arrive whole because another process failed; the transfer can be tried again."""
 
 
+class LostWeightsError(RuntimeError):
+    """A published version is on no node any more, and no replica holds it: the learner has to publish again."""
+
+
 class Publication(Protocol):
     """One version, ready to be fetched. together: whether all replicas that lack it must fetch it at the same time."""
 

@@ -9,9 +9,13 @@ processes; nobody is restarted.
 from __future__ import annotations
 
 import json
+import os
+import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, ClassVar
@@ -27,6 +31,7 @@ from common.types import WeightManifest
 from common.weights import grown, nbytes
 
 POLL_S = 0.01
+KEPT_ROUNDS = 64  # of whose outcome a member that is late may still ask
 CONNECT = timedelta(seconds=60)  # all members are there already
 
 
@@ -56,11 +61,14 @@ class CollectivePublication:
         return [Ticket(self.address, name, place) for place in range(replicas)]
 
     def give_up(self, ticket: Ticket) -> None:
-        """The round ends without a transfer, unless it has begun: then its members notice by themselves."""
-        try:
-            _abort(_connect(ticket.address), ticket.round, f"replica {ticket.place} of the round was lost")
-        except RuntimeError:  # the learner is gone too, and the round with it
-            return
+        """The round ends without a transfer, unless it has begun: then its members notice by themselves. Returns at
+        once: the learner's node may not answer."""
+
+        def abort() -> None:
+            with suppress(RuntimeError):  # the learner is gone too, and the round with it
+                _abort(_connect(ticket.address), ticket.round, f"replica {ticket.place} of the round was lost")
+
+        threading.Thread(target=abort, name="give up a round", daemon=True).start()
 
 
 class Group:
@@ -73,7 +81,8 @@ class Group:
         if device.type == "cuda":
             nccl = dist.ProcessGroupNCCL.Options()
             nccl._timeout = self._wait
-            self._group: Any = dist.ProcessGroupNCCL(prefixed, rank, size, nccl)
+            with _blocking_wait():
+                self._group: Any = dist.ProcessGroupNCCL(prefixed, rank, size, nccl)
         else:
             gloo = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
             gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=ray.util.get_node_ip_address())]
@@ -89,6 +98,22 @@ class Group:
             torch.cuda.synchronize()
 
 
+@contextmanager
+def _blocking_wait() -> Iterator[None]:
+    """A group of NCCL that is made meanwhile raises where a member is lost. By default its watchdog ends the process,
+    the learner's too."""
+    name = "TORCH_NCCL_BLOCKING_WAIT"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
 class CollectiveSender:
     """The learner's end, on its first rank."""
 
@@ -99,11 +124,13 @@ class CollectiveSender:
         self._store = serve(host, 0, wait_s)
         self.address = f"{host}:{self._store.port}"
         self._group: Group | None = None
+        self._rounds: deque[list[str]] = deque()  # the keys of past ones, oldest first
 
     def meet(self, name: str, replicas: int, manifest: WeightManifest) -> list[int]:
         """Waits for the members of a round and forms their group: the indexes of the buckets that one of them lacks.
         TransportError if the round was given up, or a member does not come."""
         places = [f"{name}/{place}" for place in range(replicas)]
+        self._forget([*places, f"{name}/go"])
         deadline = time.monotonic() + self.wait_s
         while not self._store.check(places):
             if self._store.check([f"{name}/go"]):
@@ -124,6 +151,13 @@ class CollectiveSender:
         except RuntimeError as error:
             raise TransportError(f"the group of {replicas} replicas could not be formed: {error}") from error
         return needed
+
+    def _forget(self, keys: list[str]) -> None:
+        """A run of weeks has a round at every step."""
+        self._rounds.append(keys)
+        while len(self._rounds) > KEPT_ROUNDS:
+            for key in self._rounds.popleft():
+                self._store.delete_key(key)
 
     def refuse(self, name: str, reason: str) -> None:
         """Tells the members of a round that it will not take place."""

@@ -13,7 +13,7 @@ import torch
 from listening import listening
 
 from common.runtime import thread_env
-from common.transport import TransportError
+from common.transport import TransportError, collective
 from common.transport.collective import CollectivePublication, CollectiveReceiver, CollectiveSender, Ticket
 from common.types import WeightManifest
 from common.weights import held_bucket, pack, unpack
@@ -57,6 +57,10 @@ class Learner:
         for index in needed:
             self.sender.send(flats[index])
         return needed
+
+    def kept(self, rounds: int) -> int:
+        collective.KEPT_ROUNDS = rounds
+        return self.sender._store.num_keys()
 
     def refuse(self, name: str) -> None:
         self.sender.refuse(name, "version 1 is past")
@@ -157,6 +161,15 @@ def test_a_member_that_dies_in_the_middle_fails_the_round_for_all(learner: Any, 
         with pytest.raises(TransportError):
             ray.get(load, timeout=WAIT_S)
     assert transfer(learner, members, 7) == [list(NAMES)] * 2
+
+
+def test_what_rounds_leave_behind_does_not_grow(learner: Any, members: list[Any]) -> None:
+    ray.get(learner.kept.remote(2), timeout=WAIT_S)
+    left = []
+    for version in range(10, 14):
+        transfer(learner, members, version)
+        left.append(ray.get(learner.kept.remote(2), timeout=WAIT_S))
+    assert len(set(left)) == 1
 
 
 def test_a_round_can_be_refused(learner: Any, members: list[Any]) -> None:

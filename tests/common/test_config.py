@@ -70,6 +70,34 @@ def test_unknown_keys_are_named_with_the_closest_known_one(data: dict[str, Any],
             ["rewards has no shapes_learned", "add it"],
         ),
         (
+            {
+                "algorithm": "refl",
+                "objective": {"text_weight": 0},
+                "rewards": [{"name": "shapes_learned", "weight": 0}, {"name": "shapes"}],
+            },
+            ["rewards has no shapes_learned of a weight other than 0", "add it"],
+        ),
+        (
+            {"optimizer": {"lr_reasoning": 0, "lr_denoising": 0}},
+            ["lr_reasoning and optimizer.lr_denoising are both 0", "nothing would be trained"],
+        ),
+        (
+            {"optimizer": {"lr_reasoning": 0}},
+            ["optimizer.lr_reasoning is 0 but objective.text_weight is 1", "raise the rate"],
+        ),
+        (
+            {"optimizer": {"lr_denoising": 0}, "objective": {"image_grad_to_reasoning": False}},
+            ["optimizer.lr_denoising is 0 but objective.image_weight is 1", "raise the rate"],
+        ),
+        (
+            {"sampling": {"noise_level": 0}, "objective": {"image_weight": 0, "regulariser": "latent_kl"}},
+            ["sampling.noise_level is 0 but objective.regulariser is latent_kl", "velocity_mse"],
+        ),
+        (
+            {"sampling": {"cfg": {"text_scale": 4}}, "evaluation": {"cfg": {"text_scale": 2}}},
+            ["sampling.cfg.text_scale is 4.0 but evaluation.cfg.text_scale is 2.0", "one value"],
+        ),
+        (
             {"sampling": {"think": False}},
             ["sampling.think is false but objective.text_weight is 1", "text_kl is 0", "set both to 0"],
         ),
@@ -291,9 +319,9 @@ def test_importing_the_config_imports_nothing_heavy() -> None:
 
 def test_extends_lays_a_recipe_on_another(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text("extends: shapes\nsteps: 3\noptimizer: {lr_reasoning: 0}\nrewards: [{name: shapes, weight: 2}]\n")
+    path.write_text("extends: shapes\nsteps: 3\noptimizer: {lr_reasoning: 1}\nrewards: [{name: shapes, weight: 2}]\n")
     base, mine = load_config("shapes"), load_config(str(path))
-    assert mine.steps == 3 and mine.optimizer.lr_reasoning == 0
+    assert mine.steps == 3 and mine.optimizer.lr_reasoning == 1
     assert mine.optimizer.lr_denoising == base.optimizer.lr_denoising
     assert [scorer.weight for scorer in mine.rewards] == [2]
     assert mine.sampling == base.sampling
@@ -333,9 +361,17 @@ def test_the_compute_type_is_what_the_hardware_multiplies(
     assert validate({"learner": {"dtype": "float32", "gpus": gpus}}).learner.dtype == "float32"
 
 
-@pytest.mark.parametrize("name", ["api_key", "TOKEN", "hf_token", "password"])
+@pytest.mark.parametrize(
+    "name", ["api_key", "apiKey", "clientSecret", "TOKEN", "hf_token", "password", "Authorization"]
+)
 def test_a_secret_in_a_recipe_is_refused_and_not_repeated(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"rewards\.0\.options\.{name} looks like a secret.*environment") as error:
         validate({"rewards": [{"name": "mine", "options": {name: "s3cret"}}]})
     assert "s3cret" not in str(error.value)
-    validate({"rewards": [{"name": "mine", "options": {f"{name}_env": "NAME", "keys": "a", "tokens": "b"}}]})
+    with pytest.raises(ConfigError, match=rf"rewards\.0\.options\.headers\.1\.{name} looks like a secret"):
+        validate({"rewards": [{"name": "mine", "options": {"headers": [{}, {name: "s3cret"}]}}]})
+    with pytest.raises(ConfigError, match=r"rewards\.0\.options\.url looks like a secret") as error:
+        validate({"rewards": [{"name": "mine", "options": {"url": f"https://host/score?a=b&{name}=s3cret"}}]})
+    assert "s3cret" not in str(error.value)
+    fine = {f"{name}_env": "NAME", "keys": "a", "tokens": "b", "monkey": "c", "url": "https://host/score?author=d"}
+    validate({"rewards": [{"name": "mine", "options": fine}]})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,9 @@ def test_a_directory_is_replaced_whole_or_not_at_all(run: RunDirectory) -> None:
             if failed is RuntimeError:
                 raise RuntimeError
         assert [p.name for p in run.path.parent.rglob("*")] == ["demo", "config.yaml"]
+    with pytest.raises(FileNotFoundError), replacing_directory(run.path) as aside:
+        shutil.rmtree(aside)  # the old one has made way when the new one cannot be moved there
+    assert [p.name for p in run.path.parent.rglob("*")] == ["demo", "config.yaml"]
     with replacing_directory(run.path) as aside:
         (aside / "new").touch()
     assert [p.name for p in run.path.parent.rglob("*")] == ["demo", "new"]

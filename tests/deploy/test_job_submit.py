@@ -264,6 +264,47 @@ def test_a_wrong_token_is_refused(head: Head, copy: Path) -> None:
     assert len(head.get("/api/jobs/")) == before
 
 
+CUT_OFF = """
+import sys
+from pathlib import Path
+from deploy import submit
+
+client = submit.connect(sys.argv[1])
+job = submit.submit(client, Path(sys.argv[2]), ["python", "-c", sys.argv[3]])
+tail, cuts = client.tail_job_logs, [RuntimeError("the proxy is gone"), None]
+
+async def cut_off(job):
+    async for lines in tail(job):
+        yield lines
+        if cuts and "line" in lines:
+            if error := cuts.pop():
+                raise error
+            return
+
+client.tail_job_logs = cut_off
+code = submit.follow(client, job, stop_on_interrupt=False)
+print("cuts to come:", len(cuts))
+sys.exit(code)
+"""
+
+
+def test_a_log_whose_connection_ends_is_told_on(head: Head, tmp_path: Path) -> None:
+    job = "import time\nfor i in range(8): print('line', i, flush=True); time.sleep(1)"
+    client = head.start(REPOSITORY, sys.executable, "-c", CUT_OFF, head.dashboard, str(tmp_path), job)
+    output = client.communicate(timeout=120)[0]
+    assert client.returncode == 0 and "cuts to come: 0" in output, output
+    assert re.findall(r"line \d", output) == [f"line {i}" for i in range(8)]
+
+
+def test_an_address_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")
+    monkeypatch.setattr(jobs, "CONNECT_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"--address is .*:{port} .*timed out.*dashboard's"):
+            jobs.connect(f"http://127.0.0.1:{port}")
+
+
 @pytest.mark.parametrize("address", ["127.0.0.1:8265", "http://127.0.0.1:{port}"])
 def test_an_address_that_takes_no_jobs(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")  # restored afterwards

@@ -19,7 +19,7 @@ from common.records import write_groups
 from common.rundir import RunDirectory
 from common.types import Chain, Group, ImageSegment, Prompt, RolloutRequest, RolloutStats, TextSegment
 from deploy.in_flight import InFlight, conditions
-from deploy.loop import Clock, learn
+from deploy.loop import Clock, learn, steps
 from deploy.recovery import MAX_TRIES, Recovery, redoing_lost
 from deploy.requests import training_requests
 from deploy.scoring import tickets
@@ -177,6 +177,33 @@ def test_a_learner_that_is_lost_again_and_again_ends_the_run(monkeypatch: pytest
         recovery.stepped(4)  # which was done before
     with pytest.raises(LostLearnerError, match="rank 2 died"):
         recovery.after(LostLearnerError("rank 2 died"))
+
+
+@pytest.mark.parametrize(
+    ("every", "first", "there", "made_up"),
+    [(0, 0, [], [0]), (5, 0, [0], []), (5, 10, [0, 5], [10]), (5, 10, [10], []), (5, 7, [5], []), (0, 10, [0], [])],
+)
+def test_an_evaluation_that_a_kill_cut_off_is_made_up_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, first: int, there: list[int], made_up: list[int]
+) -> None:
+    run, evaluated = RunDirectory(tmp_path), list[int]()
+    for step in there:
+        run.write_json(run.evaluation_file(step), {})
+
+    def begin(session: Any, step: int) -> None:
+        raise InterruptedError("enough")
+
+    monkeypatch.setattr("deploy.loop.evaluate", lambda session, step: evaluated.append(step))
+    monkeypatch.setattr("deploy.loop.InFlight", begin)
+    session: Any = SimpleNamespace(
+        config=load_config("shapes", [f"evaluation.every={every}"]),
+        run=run,
+        rollout=SimpleNamespace(sync=lambda weights: 0.0),
+        learner=SimpleNamespace(publish=lambda: None),
+    )
+    with pytest.raises(InterruptedError):
+        next(steps(session, first, 0.0))
+    assert evaluated == made_up
 
 
 def test_a_group_may_be_made_again_after_a_call_that_hung_to_its_deadline() -> None:

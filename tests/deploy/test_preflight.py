@@ -126,7 +126,7 @@ def test_guidance_of_training_and_of_evaluation_are_two_settings(order: PromptOr
     config = config_with(evaluation={"cfg": {"text_scale": 4.0}})
     assert {request.cfg for request in evaluation_requests(config, order.prompts)} == {config.evaluation.cfg}
     assert not any(request.cfg and request.cfg.enabled for request in training_requests(config, order, 0))
-    guided = config_with(evaluation={"cfg": {"text_scale": 4.0}}, sampling={"cfg": {"text_scale": 2.0}})
+    guided = config_with(evaluation={"cfg": {"text_scale": 2.0}}, sampling={"cfg": {"text_scale": 2.0}})
     assert {request.cfg for request in training_requests(guided, order, 0)} == {guided.sampling.cfg}
 
 

@@ -16,7 +16,7 @@ import pytest
 import ray
 import torch
 from chains import make_chains
-from golden_numbers import CHECKPOINT
+from golden_numbers import CHECKPOINT, close
 from safetensors.torch import load_file
 
 from common.bagel.checkpoint import Checkpoint
@@ -93,8 +93,11 @@ def test_a_lost_rank_a_full_disk_and_another_number_of_ranks(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     group.check_sees(tmp_path)
-    with pytest.raises(ConfigError, match=r"/driver's/own, which .* learner's node 127\.0\.0\.1 \(.*share"):
-        group.check_sees(Path("/driver's/own"))
+    handle = os.open(tmp_path, os.O_RDONLY)
+    with pytest.raises(ConfigError, match=r"/fd/.* on the learner's node 127\.0\.0\.1 \(.*is not the directory.*share"):
+        group.check_sees(Path(f"/proc/self/fd/{handle}"))  # which every process has for itself
+    os.close(handle)
+    assert not list(tmp_path.iterdir())
     chains = make_chains(golden_checkpoint, 4)
     refs = [ray.put(Group(Prompt(str(b), "p", {}), 0, tuple(chains[2 * b : 2 * b + 2]))) for b in range(2)]
     assert "  ends, learning rate 0.001: " in group.parameters()
@@ -171,6 +174,40 @@ def test_a_lost_rank_a_full_disk_and_another_number_of_ranks(
     while psutil.pid_exists(pid):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_two_ranks_have_the_gradient_of_one(
+    local_ray: None, config: TrainConfig, golden_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """Of chains that they cannot share evenly, of different lengths, and where all tokens count alike."""
+    chains = make_chains(golden_checkpoint, 4)
+    assert len({len(chain.text.ids) for chain in chains}) > 1
+    refs, rewards = [ray.put(Group(Prompt("p", "p", {}), 0, tuple(chains)))], np.array([[0.0, 1.0, np.nan, 0.3]])
+    objective = config.objective.model_copy(update={"text_aggregation": "token_mean", "advantage_std": "group"})
+    optimizer = config.optimizer.model_copy(update={"grad_clip": 0.0})
+    found = []
+    for ranks in (1, 2):
+        learner = config.learner.model_copy(
+            update={"ranks": ranks, "zero_stage": 2, "dtype": "float32", "chains_per_micro_batch": 1}
+        )
+        update = {"run_name": f"of-{ranks}", "learner": learner, "objective": objective, "optimizer": optimizer}
+        group = LearnerGroup(config.model_copy(update=update))
+        try:
+            group.wait_ready()
+            metrics = group.update(0, refs, rewards)
+            group.save(tmp_path / f"step-{ranks:06d}", {"step": 1})
+            group.saved()
+        finally:
+            group.close()
+        moments = load_file(tmp_path / f"step-{ranks:06d}" / "optimizer.safetensors")
+        found.append((metrics, {name: value for name, value in moments.items() if name.startswith("exp_avg.")}))
+    (metrics, alone), (metrics_of_two, together) = found
+    for name, moment in alone.items():  # a tenth of the gradient
+        scale = moment.abs().max().item()
+        close(together[name], moment, atol=1e-4 * scale, rtol=1e-3)
+    assert any(moment.any() for moment in alone.values())
+    for name in ("grad_norm/reasoning", "grad_norm/denoising", "text/entropy", "advantage/abs_mean"):
+        assert metrics_of_two[name] == pytest.approx(metrics[name], rel=1e-3)
 
 
 def test_what_the_ranks_waited_for_is_said(local_ray: None, config: TrainConfig) -> None:

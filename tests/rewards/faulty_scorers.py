@@ -57,16 +57,20 @@ class Unbuildable(FirstByte):
         raise FileNotFoundError("no weights at /nowhere")
 
 
-class BuildsOnceOptions(Section):
-    """Where to leave the mark of the first build."""
+class BuildsAtTimesOptions(Section):
+    """builds: a directory in which each build leaves a mark; failing: which builds, counted from 0, fail."""
 
-    mark: str
+    builds: str
+    failing: tuple[int, ...]
 
 
-class BuildsOnce(Faulty):
-    """Cannot be built again after a restart."""
+class BuildsAtTimes(Faulty):
+    """Cannot be built each time."""
 
-    options_model = BuildsOnceOptions
+    options_model = BuildsAtTimesOptions
 
-    def __init__(self, options: BuildsOnceOptions) -> None:
-        Path(options.mark).touch(exist_ok=False)
+    def __init__(self, options: BuildsAtTimesOptions) -> None:
+        number = len(list(Path(options.builds).iterdir()))
+        (Path(options.builds) / str(number)).touch()
+        if number in options.failing:
+            raise OSError("the disk is away")

@@ -14,7 +14,7 @@ import ray
 from common.config import ConfigError, Reward
 from common.shapes.scene import Item, Scene, render
 from common.types import Chain, Group, ImageSegment, NonFiniteError, Prompt
-from rewards.pool import RewardPool, Scored
+from rewards.pool import RewardPool, Scored, Ticket
 
 FAULTY = "tests.rewards.faulty_scorers:Faulty"
 FIRST_BYTE = "tests.rewards.faulty_scorers:FirstByte"
@@ -143,15 +143,43 @@ def test_what_cannot_start_says_why(start: Start) -> None:
         start({"name": "tests.rewards.faulty_scorers:Unbuildable"})
 
 
-def test_a_reward_without_actors_ends_the_run(start: Start, tmp_path: Path) -> None:
-    options = {"mark": str(tmp_path / "built")}
-    pool = start({"name": "tests.rewards.faulty_scorers:BuildsOnce", "options": options})
-    mark = str(tmp_path / "died")
-    tickets = [pool.start(_flat(0, do="die", mark=mark), G), pool.start(_flat(0), G)]
-    with pytest.raises(RuntimeError, match="no actor left; the last one: FileExistsError"):
+@pytest.fixture
+def builds_at_times(start: Start, tmp_path: Path) -> Callable[..., tuple[RewardPool, list[Ticket]]]:
+    """A pool of one actor that is lost over the first of two groups, and their tickets; failing: its later builds."""
+
+    def begin(*failing: int) -> tuple[RewardPool, list[Ticket]]:
+        (tmp_path / "builds").mkdir()
+        options = {"builds": str(tmp_path / "builds"), "failing": failing}
+        pool = start({"name": "tests.rewards.faulty_scorers:BuildsAtTimes", "options": options})
+        return pool, [pool.start(_flat(0, do="die", mark=str(tmp_path / "died")), G), pool.start(_flat(10), G)]
+
+    return begin
+
+
+def test_an_actor_that_cannot_be_built_for_a_moment_is_replaced(
+    builds_at_times: Callable[..., tuple[RewardPool, list[Ticket]]],
+) -> None:
+    pool, tickets = builds_at_times(1, 2)
+    np.testing.assert_array_equal(pool.finish(tickets).total, _rows(0, 10))
+
+
+def test_a_reward_without_actors_ends_the_run(
+    builds_at_times: Callable[..., tuple[RewardPool, list[Ticket]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, tickets = builds_at_times(*range(1, 100))
+    monkeypatch.setattr("rewards.replicas.START_TIMEOUT_S", 3.0)
+    with pytest.raises(RuntimeError, match="no actor left; the last one: OSError: the disk is away"):
         pool.finish(tickets)
     with pytest.raises(RuntimeError, match="no actor left"):
         pool.start(_flat(0), G)
+
+
+def test_scores_that_do_not_come_are_not_waited_for_without_end(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = start({"name": FIRST_BYTE})
+    done = pool.start(_flat(0), G)
+    monkeypatch.setattr("rewards.replicas.Replicas.patience_s", 1.0)
+    with pytest.raises(RuntimeError, match=r"no group was scored for 1 s .*; 1 of 2 are missing"):
+        pool.finish([done, pool.start(_flat(1, sleep=30), G)])
 
 
 def test_actors_without_room_are_named(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from common.checkpoint_files import CheckpointError
 from common.config import ConfigError, ReasonerResources, TrainConfig, resolve_path
 from common.prompts import PromptOrder, read_prompts
 from common.recipe import load_config
+from common.transport import LostWeightsError
 from common.transport.object_store import ObjectStorePublication
 from common.types import Group, RolloutStats
 from deploy.chaos.cluster import title
@@ -203,6 +205,58 @@ def test_late_news_of_a_death_is_no_try_and_no_restart(
     assert all(same(a, b) for a, b in zip(calm, found, strict=True))
     until(lambda: pool.serving == 2 and replica.holds is pool.weights)
     assert [work.deaths for work in given] == [0] and pool.restarts == restarts and pool.rerun_groups == reruns + 1
+
+
+def test_a_replica_whose_calls_raise_is_replaced_before_it_fails_its_work_for_good(
+    pool: RolloutPool, config: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    mark = tmp_path / "raises"
+
+    class Raises(RolloutReplica):
+        # Of two replicas the one that was asked first, until it is started afresh.
+        def generate(self, *arguments: Any) -> Any:
+            with suppress(FileExistsError):
+                mark.symlink_to(self.start)
+            if mark.readlink() == Path(self.start):
+                raise OSError("the engine is dead")
+            return super().generate(*arguments)
+
+    calm = collect(pool, config)
+    assert pool.weights is not None
+    monkeypatch.setattr("rollout.replica.RolloutReplica", Raises)
+    raising = RolloutPool(config.model_copy(update={"run_name": "raising"}))
+    try:
+        raising.wait_ready()
+        raising.sync(pool.weights)
+        assert all(same(a, b) for a, b in zip(calm, collect(raising, config), strict=True))
+        until(lambda: raising.restarts == 1 and raising.serving == 2)
+        assert raising.rerun_groups == 1
+    finally:
+        raising.close()
+
+
+def test_a_version_that_nobody_has_any_more_is_asked_for_anew(pool: RolloutPool, config: TrainConfig) -> None:
+    """As after the end of the learner's node and of every replica at once."""
+
+    class Owner:
+        def put(self, values: list[Any]) -> list[ray.ObjectRef]:
+            return [ray.put(ray.get(value)) for value in values]
+
+    until(lambda: pool.serving == 2)
+    calm, whole = collect(pool, config), pool.weights
+    assert isinstance(whole, ObjectStorePublication)
+    owner = ray.remote(Owner).options(num_cpus=0).remote()
+    pool.sync(ObjectStorePublication(whole.manifest, ray.get(owner.put.remote(whole.buffers))))
+    ray.kill(owner)
+    for pid in pids_of(pool):
+        os.kill(pid, signal.SIGKILL)
+    with pytest.raises(LostWeightsError, match="version 7 is lost with the learner's node"):
+        list(submit(pool, config).arrivals(DEADLINE_S))
+    with pytest.raises(LostWeightsError):
+        submit(pool, config)
+    pool.cancel()
+    pool.sync(whole)
+    assert all(same(a, b) for a, b in zip(calm, collect(pool, config), strict=True))
 
 
 def reasoner_pids() -> list[int]:
