@@ -26,7 +26,7 @@ def group_advantages(rewards: NDArray[np.floating], *, std: str = "group", clip:
     """rewards [B, G], NaN where a chain has no score -> advantages shared by both modalities of a chain.
 
     std: "group" divides by the group's deviation + 1e-4, "global" by that of all scored chains, "none" not at all
-    (Dr.GRPO). A group whose scores are all equal is masked and counted.
+    (Dr.GRPO). A group whose scores are all equal is masked and counted; one without any score is masked alone.
     """
     rewards = np.asarray(rewards, np.float64)
     scored = np.isfinite(rewards)
@@ -46,7 +46,7 @@ def group_advantages(rewards: NDArray[np.floating], *, std: str = "group", clip:
         scale = np.ones_like(deviation)
     mask = scored & ~flat
     values = np.where(mask, np.clip(centred / scale, -clip, clip), 0.0)
-    return Advantages(values, mask, int(flat.sum()), int((~scored).sum()))
+    return Advantages(values, mask, int((flat & (count > 0)).sum()), int((~scored).sum()))
 
 
 def decoupled_rewards(

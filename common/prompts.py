@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -85,12 +85,10 @@ class PromptOrder:
         first = step * self.per_step
         return [self._at(place) for place in range(first, first + self.per_step)]
 
-    def others(self, step: int, turn: int, count: int) -> list[Prompt]:
-        """At most `count` prompts that the step does not have, drawn anew for every turn."""
-        taken = {prompt.id for prompt in self.batch(step)}
-        rest = [prompt for prompt in self.prompts if prompt.id not in taken]
-        drawn = np.random.default_rng([self.seed, step, turn]).permutation(len(rest))[:count]
-        return [rest[place] for place in drawn]
+    def others(self, step: int, count: int, tried: Set[str]) -> list[Prompt]:
+        """At most `count` prompts for a step beside those whose ids have been tried; fewer when the file runs out."""
+        drawn = np.random.default_rng([self.seed, step]).permutation(len(self.prompts))
+        return [self.prompts[place] for place in drawn if self.prompts[place].id not in tried][:count]
 
     def _at(self, place: int) -> Prompt:
         turn, offset = divmod(place, len(self.prompts))

@@ -31,11 +31,13 @@ def refill(session: Session, step: int, batch: Batch, scored: Scored) -> tuple[S
     """Replaces a step's flat groups in the batch, at most data.refill_rounds times; scores of all groups, and how many
     were replaced. What is flat still after the last round stays and is masked."""
     config, replaced = session.config, 0
+    tried = {request.prompt.id for request in batch.requests}
     for turn in range(1, config.data.refill_rounds + 1):
         flat = flat_groups(training_rewards(config, scored))
-        requests = refill_requests(config, session.order, step, turn, flat)
+        requests = refill_requests(config, session.order, step, turn, flat, tried)
         if not requests:
             break
+        tried |= {request.prompt.id for request in requests.values()}
         fresh = session.rollout.submit(list(requests.values()))
         scored = scored.replaced(list(requests), session.rewards.finish(tickets(session, fresh)))
         batch.adopt(list(requests), fresh)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 from common.config import TrainConfig
 from common.prompts import PromptOrder
 from common.types import Prompt, RolloutRequest, chain_seed
@@ -17,12 +19,13 @@ def training_requests(config: TrainConfig, order: PromptOrder, step: int) -> lis
 
 
 def refill_requests(
-    config: TrainConfig, order: PromptOrder, step: int, turn: int, places: list[int]
+    config: TrainConfig, order: PromptOrder, step: int, turn: int, places: list[int], tried: Set[str]
 ) -> dict[int, RolloutRequest]:
-    """Other groups for these places of a step, by place; fewer than asked for if the prompts run out. turn: from 1."""
+    """Other groups for these places of a step, by place; fewer than asked for if the prompts run out. turn: from 1;
+    tried: ids of the prompts that the step has had."""
     # Seeds and windows as if the step had that many prompts more: no other group has them.
     first = turn * config.data.prompts_per_step
-    prompts = order.others(step, turn, len(places))
+    prompts = order.others(step, len(places), tried)
     return {
         place: _training_request(config, prompt, step, first + place)
         for place, prompt in zip(places, prompts, strict=False)

@@ -94,7 +94,8 @@ class LearnerRank:
             self._resume(Path(resume))
 
     def _resume(self, directory: Path) -> None:
-        state = run_checkpoint.verify(directory)
+        # The driver has read every byte a moment ago; of the ranks one does, for its node.
+        state = (run_checkpoint.verify if self.rank == 0 else run_checkpoint.read_state)(directory)
         self.engine.load_state(self.named, run_checkpoint.read_optimizer(directory), state["optimizer_steps"])
         self.version = state["weights_version"]
 
@@ -136,13 +137,18 @@ class LearnerRank:
         group: Group = ray.get(refs[self.rank % len(refs)])
         chains = [(group, chain) for chain in group.chains[:CHAINS]]
         micro = self._lay_out(chains, [0.0] * len(chains), [0.0] * len(chains))
-        if not micro.on_policy:
+        # On every rank, whatever its chains: with ZeRO-3 a forward is a collective.
+        output = self.updater.forward(self.engine.module, micro)
+        with torch.enable_grad():
+            again = self.updater.forward(self.engine.module, micro)
+        reference = self.updater.references([[micro]])[0][0] if self.version == 0 else None
+        if not micro.on_policy.all():
             return None
-        return compare(micro, self.updater.forward(self.engine.module, micro), self.config.sampling)
+        return compare(micro, output, again, reference, self.config.sampling)
 
     def update(self, step: int) -> dict[str, float]:
-        """One joint update from all groups that the ranks took; metrics of all ranks. Without any contributing chain
-        nothing changes."""
+        """One joint update from all groups that the ranks took; metrics of all ranks. Without any contributing chain or
+        finite gradient nothing changes."""
         advantages, share = self.advantages, self.share
         self.engine.set_learning_rates(self.config.optimizer.learning_rate_factor(step, self.config.steps), self.rates)
         minibatches = [
@@ -160,11 +166,10 @@ class LearnerRank:
         with timed(f"learner-{self.rank}", "update"):
             sums = self.updater.run(minibatches, share.total)
         compute = time.monotonic() - started
-        metrics = metrics_of(self._over_ranks(sums))
-        if metrics["loss/nonfinite"] == 0 and any(share.total):
-            self.version += 1
+        sums = self._over_ranks(sums)
+        self.version += sums["count/step"] > 0
         return {
-            **metrics,
+            **metrics_of(sums),
             "advantage/abs_mean": float(
                 np.abs(advantages.values[advantages.mask]).mean() if advantages.mask.any() else 0
             ),

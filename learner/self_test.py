@@ -37,18 +37,33 @@ BOUNDS = {"float32": Bounds(1e-4, 1e-2, 1e-3), "bfloat16": Bounds(0.05, 1.0, 0.2
 @dataclass(frozen=True)
 class Comparison:
     """Rollout against learner on a few chains: as `Bounds`, the worst image step; whether the window's times lie on
-    the learner's schedule; by how many standard deviations the window's noise is too strong or too weak."""
+    the learner's schedule; by how many standard deviations the window's noise is too strong or too weak. Learner
+    against itself, the greatest difference: again, its pass with gradients against that without; reference, the
+    starting policy against the reference."""
 
     text_mean: float
     text_max: float
     image: float
     on_schedule: bool
     noise: float
+    again: float = 0.0
+    reference: float = 0.0
 
 
-def compare(micro: MicroBatch, output: PolicyOutput, sampling: Sampling) -> Comparison:
-    """micro: chains of the very weights that made output. A half that was not sampled (no reasoning, no noise)
-    agrees."""
+def _difference(one: PolicyOutput, other: PolicyOutput | None) -> float:
+    """Of log-probs and velocities of the same arithmetic: it is 0, or something is wrong."""
+    if other is None:
+        return 0.0
+    pairs = ((one.logprobs, other.logprobs), (one.velocity, other.velocity))
+    return float(np.max([(a - b).abs().max().item() for a, b in pairs if a.numel()]))
+
+
+def compare(
+    micro: MicroBatch, output: PolicyOutput, again: PolicyOutput, reference: PolicyOutput | None, sampling: Sampling
+) -> Comparison:
+    """micro: chains of the very weights that made output; again: the same pass as it is when gradients are taken;
+    reference: the reference's, if these weights are where it started. A half that was not sampled (no reasoning, no
+    noise) agrees."""
     text = (output.logprobs - micro.behaviour).abs()
     move = flow.SAMPLERS[sampling.sampler].step(micro.packed.t, micro.t_next, sampling.noise_level)
     image = noise = 0.0
@@ -68,6 +83,8 @@ def compare(micro: MicroBatch, output: PolicyOutput, sampling: Sampling) -> Comp
         image,
         bool(np.allclose(pairs, found, rtol=0, atol=1e-6)),
         noise,
+        _difference(output, again),
+        _difference(output, reference),
     )
 
 
@@ -94,5 +111,15 @@ def verdict(found: Comparison, dtype: str) -> str | None:
         return (
             f"the window's noise is {found.noise:+.1f} standard deviations off its strength: look at sampling.sampler "
             "and sampling.noise_level on both sides"
+        )
+    if found.again != 0:
+        return (
+            f"two passes of the learner over the same chains differ by {found.again:.2g}, so the first ratios would "
+            "not be 1: look at its kernels, which must not depend on whether gradients are taken"
+        )
+    if found.reference != 0:
+        return (
+            f"the policy differs from the reference that it starts as by {found.reference:.2g}, so the regulariser "
+            "would not begin at 0: look at how the learner opens and converts model.path"
         )
     return None

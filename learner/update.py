@@ -27,8 +27,9 @@ class MicroBatch:
 
     packed: texts and images; advantage [C]; weight [C] 1 or 0 (a chain that only keeps ranks in step); finished [C]
     whether the reasoning ended by itself; token_owner [P] the chain of each token; behaviour [P] the rollout's
-    log-probs; x_next, v_old [M, N, D]; t, t_next [M]; on_policy: made by the very weights that are being updated;
-    grid: latent tokens (rows, columns) of an image; prompts: what each chain was asked, where the caller says.
+    log-probs; x_next, v_old [M, N, D]; t, t_next [M]; on_policy [C] whether a chain was made by the very weights that
+    are being updated; grid: latent tokens (rows, columns) of an image; prompts: what each chain was asked, where the
+    caller says.
     """
 
     packed: Batch
@@ -41,7 +42,7 @@ class MicroBatch:
     v_old: Tensor
     t_next: Tensor
     window: int
-    on_policy: bool
+    on_policy: Tensor
     grid: tuple[int, int]
     prompts: tuple[Prompt, ...]
 
@@ -98,7 +99,7 @@ def lay_out(
         stack("v_old"),
         stack("t_next"),
         window,
-        all(chain.text.version == chain.image.version == version for chain in chains),
+        torch.tensor([chain.text.version == chain.image.version == version for chain in chains], device=device),
         chains[0].image.grid,
         tuple(prompts),
     )
@@ -150,20 +151,17 @@ class Updater:
 
         Returns sums over this rank's chains and steps, keys "sum/..." and "count/..."; the caller adds up ranks.
         """
-        objective_config = self.config.objective
-        steps = objective_config.epochs * len(minibatches)
-        with self.reference if isinstance(self.reference, HostReference) else nullcontext():
-            reference = [[self._reference(micro) for micro in mini] for mini in minibatches]
-        # With a single optimizer step the weights of the forward are the old policy: detaching it is exact.
-        old = [
-            [self._old(micro) if steps > 1 or not micro.on_policy else None for micro in mini] for mini in minibatches
+        reference = self.references(minibatches)
+        # Until the first optimizer step the weights of the gradient pass are the old policy's: its own output serves.
+        old: list[list[OldPolicy | None]] = [
+            [self._old(micro) if number else None for micro in mini] for number, mini in enumerate(minibatches)
         ]
         lengths = [self._mean_length(mini, total) for mini, total in zip(minibatches, totals, strict=True)]
         sums: dict[str, float] = {}
-        for _ in range(objective_config.epochs):
+        for _ in range(self.config.objective.epochs):
             for mini, olds, refs, total, length in zip(minibatches, old, reference, totals, lengths, strict=True):
-                for position, (micro, before, ref) in enumerate(zip(mini, olds, refs, strict=True)):
-                    loss, stats = self._loss(micro, before, ref, total, length)
+                for position, (micro, ref) in enumerate(zip(mini, refs, strict=True)):
+                    loss, stats, olds[position] = self._loss(micro, olds[position], ref, total, length)
                     self.engine.backward(loss, last=position == len(mini) - 1)
                     _add(sums, stats)
                 if mini:
@@ -176,28 +174,36 @@ class Updater:
 
     @torch.no_grad()
     def _old(self, micro: MicroBatch) -> OldPolicy:
-        """On-policy chains are recomputed here, with the kernels and shapes of the gradient pass; stale ones keep
-        what their behaviour policy recorded."""
-        if not micro.on_policy:
-            return OldPolicy(micro.behaviour, micro.v_old)
-        output = self.forward(self.engine.module, micro)
-        return OldPolicy(output.logprobs, output.velocity)
+        """Recomputed, with the kernels and shapes of the gradient pass. Also where all chains are stale: with ZeRO-3 a
+        forward is a collective."""
+        return self._old_of(micro, self.forward(self.engine.module, micro))
+
+    def _old_of(self, micro: MicroBatch, output: PolicyOutput) -> OldPolicy:
+        """On-policy chains have what the old weights give; stale ones what their behaviour policy recorded."""
+        token, image = micro.on_policy[micro.token_owner], micro.on_policy.repeat_interleave(micro.window)
+        return OldPolicy(
+            torch.where(token, output.logprobs.detach(), micro.behaviour),
+            torch.where(image[:, None, None], output.velocity.detach(), micro.v_old),
+        )
 
     @torch.no_grad()
-    def _reference(self, micro: MicroBatch) -> PolicyOutput | None:
-        """The reference reads the text itself: its images attend to keys and values of reference weights."""
-        return self.forward(self.reference, micro) if self.reference is not None else None
+    def references(self, minibatches: list[list[MicroBatch]]) -> list[list[PolicyOutput | None]]:
+        """The reference reads the texts itself: its images attend to keys and values of reference weights."""
+        if self.reference is None:
+            return [[None for _ in mini] for mini in minibatches]
+        with self.reference if isinstance(self.reference, HostReference) else nullcontext():
+            return [[self.forward(self.reference, micro) for micro in mini] for mini in minibatches]
 
     def _kept(self, micro: MicroBatch) -> Tensor:
-        """1 for the tokens [P] of the text objective, 0 for those of chains that are left out of it."""
+        """1 for the chains [C] of the text objective, 0 for those that are left out of it."""
         left_out = ~micro.finished & self.config.objective.mask_truncated
-        return (~left_out)[micro.token_owner].float()
+        return (~left_out).float()
 
     def _mean_length(self, mini: list[MicroBatch], total: int) -> float:
         """Tokens of the text objective per contributing chain, over all ranks (collective, for token_mean alone)."""
         if self.config.objective.text_aggregation != "token_mean" or not total:
             return 1.0
-        tokens = torch.stack([(self._kept(micro) * micro.weight[micro.token_owner]).sum() for micro in mini]).sum()
+        tokens = torch.stack([(self._kept(micro) * micro.weight)[micro.token_owner].sum() for micro in mini]).sum()
         torch.distributed.all_reduce(tokens)
         return tokens.item() / total
 
@@ -209,15 +215,16 @@ class Updater:
 
     def _loss(
         self, micro: MicroBatch, old: OldPolicy | None, reference: PolicyOutput | None, total: int, mean_length: float
-    ) -> tuple[Tensor, dict[str, float]]:
-        """The loss of one micro-batch, scaled so that the average over ranks is the mean over all chains."""
+    ) -> tuple[Tensor, dict[str, float], OldPolicy]:
+        """The loss of one micro-batch, scaled so that the average over ranks is the mean over all chains; its
+        statistics; the old policy, which without one given is this very forward."""
         o = self.config.objective
         output = self.forward(self.engine.engine, micro)
-        old = old or OldPolicy(output.logprobs.detach(), output.velocity.detach())
+        old = old or self._old_of(micro, output)
         move = self.sampler.step(micro.packed.t, micro.t_next, self.config.sampling.noise_level)
 
         text = self._text(micro, output, old, mean_length)
-        divergence = flow.gaussian_kl(output.velocity.detach(), old.velocity, move).view(micro.shape)
+        divergence = self._divergence(micro, output, old, move)
         image = self._image(micro, output, old, move, divergence)
         per_chain = o.text_weight * text.loss + o.image_weight * image.loss
         if reference is not None and o.regulariser != "none":
@@ -225,12 +232,20 @@ class Updater:
             per_chain = per_chain + o.regulariser_weight * distance.view(micro.shape).mean(1)
         if reference is not None and o.text_kl:
             kl = objective.text_kl(output.logprobs, reference.logprobs, micro.token_owner, micro.chains)
-            per_chain = per_chain + o.text_kl * kl
+            per_chain = per_chain + o.text_kl * kl * self._kept(micro)
         loss = (per_chain * micro.weight).sum() * self.ranks / max(total, 1)
-        return loss, self._stats(micro, output, reference, text, image, divergence)
+        return loss, self._stats(micro, output, reference, text, image, divergence), old
+
+    def _divergence(
+        self, micro: MicroBatch, output: PolicyOutput, old: OldPolicy, move: flow.StepCoefficients
+    ) -> Tensor:
+        """KL of the window's steps to the old policy's, [C, K]; 0 where no noise makes them one step."""
+        if not self.config.sampling.noise_level:
+            return torch.zeros(micro.shape, device=output.velocity.device)
+        return flow.gaussian_kl(output.velocity.detach(), old.velocity, move).view(micro.shape)
 
     def _text(self, micro: MicroBatch, output: PolicyOutput, old: OldPolicy, mean_length: float) -> objective.Surrogate:
-        o, owner, kept = self.config.objective, micro.token_owner, self._kept(micro)
+        o, owner, kept = self.config.objective, micro.token_owner, self._kept(micro)[micro.token_owner]
         log_ratio = objective.TEXT_RATIOS[o.text_ratio](output.logprobs - old.logprobs, owner, micro.chains)
         weight = kept
         if o.text_importance_cap:
@@ -246,6 +261,9 @@ class Updater:
         self, micro: MicroBatch, output: PolicyOutput, old: OldPolicy, move: flow.StepCoefficients, divergence: Tensor
     ) -> objective.Surrogate:
         o = self.config.objective
+        if not self.config.sampling.noise_level:  # no ratio; zero gradients, so that every rank's hooks are called
+            none = torch.zeros(micro.shape, device=output.velocity.device)
+            return objective.Surrogate(0 * output.velocity.flatten(1).mean(1).view(micro.shape).mean(1), none, none)
         mean = flow.mean_of(move, micro.packed.x_t, output.velocity)
         mean_old = flow.mean_of(move, micro.packed.x_t, old.velocity)
         if o.ratio_norm:

@@ -44,9 +44,11 @@ class FakeActors:
         return Scored(total, {"fake": total.astype(np.float32)}, {}, 1, 0, 1.0)
 
 
-def run(rounds: int, flat: set[str]) -> tuple[Any, Batch, FakeActors, tuple[Scored, int]]:
+def run(
+    rounds: int, flat: set[str], prompts: list[Prompt] = PROMPTS
+) -> tuple[Any, Batch, FakeActors, tuple[Scored, int]]:
     config: TrainConfig = validate({"data": {"prompts_per_step": 4, "group_size": 2, "refill_rounds": rounds}})
-    actors, order = FakeActors(flat), PromptOrder(PROMPTS, 4, 0)
+    actors, order = FakeActors(flat), PromptOrder(prompts, 4, 0)
     session: Any = SimpleNamespace(config=config, order=order, rollout=actors, rewards=actors)
     batch = finished(training_requests(config, order, 0), version=2)
     return session, batch, actors, refill(session, 0, batch, actors.finish(batch.requests))
@@ -100,12 +102,15 @@ def test_flat_groups_make_way_for_other_prompts() -> None:
 
 
 def test_rounds_are_bounded_and_what_stays_flat_is_kept() -> None:
-    everything = {prompt.id for prompt in PROMPTS}
-    _, batch, actors, (scored, replaced) = run(2, everything)
-    # Of seven prompts three are not in the step.
-    assert [len(requests) for requests in actors.submitted] == [3, 3]
-    assert replaced == 6
+    prompts = [Prompt(str(i), f"prompt {i}", {}) for i in range(13)]
+    everything = {prompt.id for prompt in prompts}
+    _, _, actors, (_, replaced) = run(2, everything, prompts)
+    assert [len(requests) for requests in actors.submitted] == [4, 4] and replaced == 8
+    _, batch, actors, (scored, replaced) = run(4, everything, prompts)
+    # Of thirteen prompts nine are not in the step, and none is tried twice.
+    assert [len(requests) for requests in actors.submitted] == [4, 4, 1] and replaced == 9
+    assert len({request.prompt.id for requests in actors.submitted for request in requests}) == 9
     assert flat_groups(scored.total) == [0, 1, 2, 3]
     assert len(batch.refs) == 4
-    again = run(2, everything)[1]
+    again = run(4, everything, prompts)[1]
     assert again.requests == batch.requests, "a resumed or repeated step draws the same"

@@ -107,7 +107,7 @@ def test_the_loss_is_the_formula(golden_checkpoint: Checkpoint, micro: MicroBatc
     # The loss asks the engine for a forward alone.
     engine: Any = SimpleNamespace(engine=policy, module=policy)
     updater = Updater(engine, golden_checkpoint.policy, config, CLIP, 1)
-    loss, stats = updater._loss(micro, updater._old(micro), updater._reference(micro), len(ADVANTAGES), 1.0)
+    loss, stats, _ = updater._loss(micro, updater._old(micro), *updater.references([[micro]])[0], len(ADVANTAGES), 1.0)
     output: PolicyOutput = policy(micro.packed)
     with torch.no_grad():
         reference = golden_checkpoint.policy(micro.packed).logprobs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,8 +30,9 @@ def chains(golden_checkpoint: Checkpoint) -> list[Chain]:
 
 def found(checkpoint: Checkpoint, chains: list[Chain], sampling: Sampling = SAMPLING) -> Comparison:
     micro = micro_batch(checkpoint, chains, [0.0] * len(chains))
+    again = checkpoint.policy(micro.packed)
     with torch.no_grad():
-        return compare(micro, checkpoint.policy(micro.packed), sampling)
+        return compare(micro, checkpoint.policy(micro.packed), again, again, sampling)
 
 
 def text(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Chain], Chain]:
@@ -91,6 +93,22 @@ def test_chains_without_tokens_or_noise(golden_checkpoint: Checkpoint, chains: l
     # Drawn after reasoning, so only the text is looked at.
     assert found(golden_checkpoint, bare).text_max == 0.0
     assert found(golden_checkpoint, chains, Sampling(points=POINTS, noise_level=0.0)).image == 0.0
+
+
+def test_the_learner_must_agree_with_itself(golden_checkpoint: Checkpoint, chains: list[Chain]) -> None:
+    """Exactly: then the first ratios are 1, and the distance to the reference begins at 0."""
+    good = found(golden_checkpoint, chains)
+    assert good.again == good.reference == 0
+    assert "two passes of the learner" in (verdict(replace(good, again=1e-9), "bfloat16") or "")
+    moved = copy.deepcopy(golden_checkpoint.policy)
+    with torch.no_grad():
+        moved.get_parameter("llm2vae.weight").mul_(1.001)
+        micro = micro_batch(golden_checkpoint, chains, [0.0] * len(chains))
+        output = golden_checkpoint.policy(micro.packed)
+        comparison = compare(micro, output, output, moved(micro.packed), SAMPLING)
+    assert comparison.reference > 0 == comparison.again
+    assert "differs from the reference" in (verdict(comparison, "float32") or "")
+    assert verdict(replace(comparison, reference=math.nan), "float32") is not None
 
 
 class Ranks(LearnerGroup):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -49,6 +50,66 @@ def test_stale_chains_keep_what_their_behaviour_policy_recorded(
     close(stats["sum/text/ratio"], wanted, rtol=1e-4)
     assert abs(stats["sum/text/ratio"] / stats["count/token"] - 1) > 1e-3
     assert stats["sum/image/log_ratio_abs"] > 0
+
+
+def test_fresh_chains_beside_stale_ones_are_on_policy(
+    golden_checkpoint: Checkpoint, chains: list[Chain], policy: BagelPolicy
+) -> None:
+    """Their ratios are exactly 1, in the same forward; those of the stale ones are not."""
+    fresh = [
+        Chain((replace(c.text, version=1), replace(c.image, version=1)), c.seed) if i % 2 else c
+        for i, c in enumerate(chains)
+    ]
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.mul_(1.01)
+    micro = micro_batch(golden_checkpoint, fresh, ADVANTAGES, version=1)
+    assert micro.on_policy.tolist() == [False, True] * 3
+    updater = Watched(policy, train_config(regulariser="none"), lr=0.0)
+    old = updater._old(micro)
+    output = updater.forward(policy, micro)
+    moved = (output.logprobs != old.logprobs)[: len(micro.token_owner)]
+    for chain in range(COUNT):
+        assert moved[micro.token_owner == chain].any() == (chain % 2 == 0)
+        images = slice(chain * micro.window, (chain + 1) * micro.window)
+        assert torch.equal(output.velocity[images], old.velocity[images]) == bool(chain % 2)
+    updater.run([[micro]], [COUNT])
+    alone = Watched(copy.deepcopy(policy), train_config(regulariser="none"), lr=0.0)
+    for weight, part in ((1, fresh[1::2]), (0, fresh[::2])):
+        alone.run([[micro_batch(golden_checkpoint, part, ADVANTAGES[weight::2], version=1)]], [COUNT])
+    wanted = {name: alone.gradients[0][name] + alone.gradients[1][name] for name in alone.gradients[0]}
+    same_gradients(updater.gradients[0], wanted)
+
+
+def test_text_alone_trains_without_noise(
+    golden_checkpoint: Checkpoint, chains: list[Chain], policy: BagelPolicy
+) -> None:
+    quiet = train_config(image_weight=0.0, regulariser="none")
+    quiet = quiet.model_copy(update={"sampling": quiet.sampling.model_copy(update={"noise_level": 0.0})})
+    found = []
+    for config in (quiet, train_config(image_weight=0.0, regulariser="none")):
+        updater = Watched(copy.deepcopy(policy), config, lr=0.0)
+        metrics = metrics_of(updater.run([[micro_batch(golden_checkpoint, chains, ADVANTAGES)]], [COUNT]))
+        assert metrics["image/ratio_mean"] == 1 and metrics["image/kl_old"] == metrics["loss/nonfinite"] == 0
+        found.append(updater.gradients[0])
+    quiet_gradients, noisy = found
+    for name, gradient in noisy.items():
+        close(quiet_gradients[name], gradient, atol=1e-6)
+    assert quiet_gradients["language_model.lm_head.weight"].any() and not quiet_gradients["llm2vae.weight"].any()
+
+
+def test_truncated_reasoning_is_left_out_of_the_kl(
+    golden_checkpoint: Checkpoint, chains: list[Chain], policy: BagelPolicy
+) -> None:
+    cut = [replace_text(chain, finished=i not in (1, 4)) for i, chain in enumerate(chains)]
+    for masked in (True, False):
+        config = train_config(text_kl=1.0, mask_truncated=masked, image_weight=0.0, regulariser="none")
+        updater = Watched(copy.deepcopy(policy), config, reference=True, lr=0.0)
+        with torch.no_grad():
+            updater.policy.get_parameter("language_model.lm_head.weight").mul_(1.5)
+        # Without an advantage the KL alone has a gradient.
+        updater.run([[micro_batch(golden_checkpoint, [cut[1], cut[4]], [0.0, 0.0])]], [2])
+        assert updater.gradients[0]["language_model.lm_head.weight"].any() != masked
 
 
 @pytest.mark.parametrize("image_scale", [1.0, 2.0])
