@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,14 +28,22 @@ HEADLINES = {
 """Keys of a result that are single numbers in [0, 1] (or None), with their names for people. task_mean is GenEval's
 overall score: every task counts alike, however many prompts it has."""
 
+REWARDS = {
+    "strict": "Mean reward",
+    "task_mean": "Mean of task rewards",
+    "image_given_reasoning": "Mean reward given right reasoning",
+}
+"""What these are where no scorer says whether an image is right: means of the reward, of any range."""
+
 _RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One held-out image. strict is 0 or 1, NaN if it could not be scored; partial is in [0, 1] or NaN, and so is ta,
-    the share of the prompt's exam questions answered yes; reasoning_correct is None where reasoning cannot be judged.
-    png and chain (its number within the prompt) serve people only."""
+    """One held-out image. strict is 0 or 1, or the reward where no scorer says which, and NaN if it could not be
+    scored; partial is in [0, 1] or NaN, and so is ta, the share of the prompt's exam questions answered yes;
+    reasoning_correct is None where reasoning cannot be judged. png and chain (its number within the prompt) serve
+    people only."""
 
     tag: str
     prompt: str
@@ -47,9 +55,63 @@ class Sample:
     chain: int = 0
     ta: float = math.nan
 
+    @property
+    def right(self) -> bool | None:
+        """None where nobody says."""
+        return self.strict == 1 if self.strict in (0, 1) else None
 
-def summarise(rows: Sequence[Sample], *, version: int, step: int | None = None, seed: int = 0) -> Result:
-    """The result of one evaluation, ready for JSON. ValueError if no image was scored.
+
+@dataclass(frozen=True)
+class Unit:
+    """How people are told a number: times so much, with so many digits."""
+
+    factor: float
+    digits: int
+    suffix: str
+
+    def value(self, value: float | None) -> str:
+        """0.3125 -> 31.2 %, None -> a dash."""
+        return "–" if value is None else f"{self.factor * value:.{self.digits}f}{self.suffix}"
+
+    def change(self, value: float) -> str:
+        """With its sign, in points."""
+        return f"{self.factor * value:+.{self.digits}f}"
+
+    def span(self, interval: Sequence[float] | None) -> str:
+        """An interval, in brackets behind a number."""
+        if interval is None:
+            return ""
+        low, high = (f"{self.factor * bound:.{self.digits}f}" for bound in interval)
+        return f" ({low} to {high})"
+
+
+PERCENT, PLAIN = Unit(100, 1, " %"), Unit(1, 3, "")
+
+
+def unit(result: Result, key: str) -> Unit:
+    """That of a headline, or of by_tag."""
+    return PLAIN if _of_reward(result) and key in {*REWARDS, "by_tag"} else PERCENT
+
+
+def headlines(result: Result) -> dict[str, str]:
+    """Keys and names of its single numbers."""
+    return HEADLINES | (REWARDS if _of_reward(result) else {})
+
+
+def _of_reward(result: Result) -> bool:
+    return result.get("judge") == "reward"
+
+
+def summarise(
+    rows: Sequence[Sample],
+    *,
+    version: int,
+    step: int | None = None,
+    judge: Literal["strict", "reward"] = "strict",
+    seed: int = 0,
+) -> Result:
+    """The result of one evaluation, ready for JSON; judge: what strict is in the samples. ValueError if no image was
+    scored.
 
     Unscored images are counted in `unscored` and left out of everything else, never counted as wrong. The interval
     is the 95 % percentile bootstrap over prompts (10,000 resamples). `prompts` keeps the counts by prompt that
@@ -65,6 +127,7 @@ def summarise(rows: Sequence[Sample], *, version: int, step: int | None = None, 
     return {
         "step": step,
         "version": version,
+        "judge": judge,
         "n_prompts": len(prompts),
         "images_per_prompt": max(images.values()),
         "n_images": len(scored),
@@ -118,19 +181,18 @@ def table(before: Result, after: Result | None = None) -> list[tuple[str, str, s
     versus = compare(before, after) if after else None
 
     def line(key: str, name: str, *path: str) -> tuple[str, str, str, str]:
-        old = _at(before, *path)
-        cell = percent(old) + _span(before.get(f"{key}_interval"))
+        told = unit(before, path[0])
+        cell = told.value(_at(before, *path)) + told.span(before.get(f"{key}_interval"))
         if after is None or versus is None:
             return name, cell, "", ""
-        new = percent(_at(after, *path)) + _span(after.get(f"{key}_interval"))
-        change = versus["by_tag"].get(key) if path[0] == "by_tag" else versus[key]
-        return name, cell, new, _points(change)
+        new = told.value(_at(after, *path)) + told.span(after.get(f"{key}_interval"))
+        change = versus["by_tag"][key] if path[0] == "by_tag" else versus[key]
+        difference = "–" if change["difference"] is None else told.change(change["difference"])
+        return name, cell, new, difference + told.span(change.get("interval"))
 
-    tags = {**before["by_tag"], **(after["by_tag"] if after else {})}
-    measured = [key for key in HEADLINES if before[key] is not None or (after and after[key] is not None)]
-    return [line(key, HEADLINES[key], key) for key in measured] + [
-        line(tag, tag, "by_tag", tag, "strict") for tag in tags
-    ]
+    tags, names = {**before["by_tag"], **(after["by_tag"] if after else {})}, headlines(before)
+    measured = [key for key in names if before[key] is not None or (after and after[key] is not None)]
+    return [line(key, names[key], key) for key in measured] + [line(tag, tag, "by_tag", tag, "strict") for tag in tags]
 
 
 def to_markdown(result: Result, before: Result | None = None) -> str:
@@ -140,11 +202,6 @@ def to_markdown(result: Result, before: Result | None = None) -> str:
     lines = [f"{result['n_prompts']} prompts x {result['images_per_prompt']} images", ""]
     lines += ["| " + " | ".join(cells) + " |" for cells in (header, ("---",) * len(header), *rows)]
     return "\n".join(lines) + "\n"
-
-
-def percent(value: float | None) -> str:
-    """0.3125 -> 31.2 %, None -> a dash."""
-    return "–" if value is None else f"{100 * value:.1f} %"
 
 
 def _counts(rows: list[Sample]) -> dict[str, Any]:
@@ -206,13 +263,3 @@ def _at(result: Mapping[str, Any], *path: str) -> float | None:
     for key in path:
         value = (value or {}).get(key)
     return value
-
-
-def _span(interval: Sequence[float] | None) -> str:
-    return "" if interval is None else f" ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})"
-
-
-def _points(change: Mapping[str, Any]) -> str:
-    if change["difference"] is None:
-        return "–"
-    return f"{100 * change['difference']:+.1f}{_span(change.get('interval'))}"

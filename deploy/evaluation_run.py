@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import ray
@@ -69,8 +69,11 @@ def evaluate(session: EvaluationSession, step: int) -> dict[str, Any]:
             ) from error
 
     scored, details = redoing_lost(session, batch, read)
-    strict, partial = (_component(scored, name, scored.total) for name in ("strict", "partial"))
-    ta = _component(scored, "ta", np.full(scored.total.shape, np.nan))
+    strict, partial, ta = (_component(scored, name) for name in ("strict", "partial", "ta"))
+    judge: Literal["strict", "reward"] = "reward" if strict is None else "strict"
+    nothing = np.full(scored.total.shape, np.nan)
+    strict = scored.total if strict is None else strict
+    partial, ta = (nothing if column is None else column for column in (partial, ta))
     rows = []
     for place, prompt in enumerate(session.heldout):
         for chain, about in enumerate(details[place]):
@@ -85,23 +88,23 @@ def evaluate(session: EvaluationSession, step: int) -> dict[str, Any]:
                     **about,
                 )
             )
-    result = summarise(rows, version=session.version, step=step)
+    result = summarise(rows, version=session.version, step=step, judge=judge)
     run.write_json(run.evaluation_file(step), result)
     samples = [row for row in rows if row.png]
     write_samples(run.samples_file(step), samples)
     session.show(step, samples)
     event("evaluation", step=step, version=session.version, strict=result["strict"])
     session.progress.phase(
-        f"step {step}: strict {result['strict']:.3f}, reasoning {result['reasoning_accuracy'] or 0:.3f}, "
+        f"step {step}: {judge} {result['strict']:.3f}, reasoning {result['reasoning_accuracy'] or 0:.3f}, "
         f"image given right reasoning {result['image_given_reasoning'] or 0:.3f}"
     )
     return result
 
 
-def _component(scored: Scored, name: str, otherwise: NDArray[np.floating]) -> NDArray[np.floating]:
+def _component(scored: Scored, name: str) -> NDArray[np.floating] | None:
     """The column [B, G] that a scorer calls by this name, whatever the scorer's weight: a run on another reward is
     judged by the detector too if the recipe lists it with weight 0."""
-    return next((values for key, values in scored.components.items() if key.endswith(f"/{name}")), otherwise)
+    return next((values for key, values in scored.components.items() if key.endswith(f"/{name}")), None)
 
 
 def write_outcome(session: EvaluationSession, step: int, result: dict[str, Any]) -> tuple[Path, Path]:

@@ -40,7 +40,7 @@ def sample_grid(samples: Sequence[Sample], images_per_prompt: int = 4) -> Image.
         for column, (sample, text) in enumerate(zip(row, of_row, strict=True)):
             left = GAP + column * (CELL + GAP)
             canvas.paste(_fitted(sample.png), (left, below))
-            if sample.strict == sample.strict:  # not NaN
+            if sample.right is not None:
                 pen.rectangle((left - 3, below - 3, left + CELL + 2, below + CELL + 2), None, _frame(sample), 3)
             pen.text((left, below + CELL + GAP // 2), "\n".join(text), INK, font, spacing=LINE - FONT_SIZE)
         top += height
@@ -53,7 +53,7 @@ def _wrapped(text: str, width: float) -> list[str]:
 
 
 def _frame(sample: Sample) -> str:
-    return RIGHT if sample.strict == 1 else WRONG
+    return RIGHT if sample.right else WRONG
 
 
 def _fitted(png: bytes) -> Image.Image:

@@ -24,7 +24,7 @@ from PIL import Image
 
 from common.metrics import METRICS
 from common.rundir import RunDirectory, replacing
-from deploy.evaluation import Result, Sample, compare, percent, table
+from deploy.evaluation import HEADLINES, PERCENT, Result, Sample, compare, headlines, table, unit
 
 SAMPLES = pa.schema(
     {
@@ -128,17 +128,18 @@ def _story(config: dict[str, Any], rows: list[Row], before: Result | None, after
     if before is None:
         parts.append("There is no evaluation yet")
     elif after is None:
+        told, name = unit(before, "strict"), headlines(before)["strict"]
         parts.append(
-            f"Before training {percent(before['strict'])} of the images of {before['n_prompts']} held-out prompts are "
-            "strictly right; there is no evaluation after training yet"
+            f"{name} on {before['n_prompts']} held-out prompts is {told.value(before['strict'])} before training; "
+            "there is no evaluation after training yet"
         )
     else:
-        change = compare(before, after)["strict"]
-        low, high = (100 * bound for bound in change["interval"])
+        told, name, change = unit(before, "strict"), headlines(before)["strict"], compare(before, after)["strict"]
+        low, high = map(told.change, change["interval"])
         parts.append(
-            f"Of the images of {after['n_prompts']} held-out prompts {percent(change['before'])} were strictly right "
-            f"before training and {percent(change['after'])} after it, a difference of "
-            f"{100 * change['difference']:+.1f} points (95 % interval {low:+.1f} to {high:+.1f})"
+            f"{name} on {after['n_prompts']} held-out prompts was {told.value(change['before'])} before training and "
+            f"{told.value(change['after'])} after it, a difference of {told.change(change['difference'])}"
+            f"{' points' if told is PERCENT else ''} (95 % interval {low} to {high})"
         )
     return ". ".join(parts) + "."
 
@@ -166,7 +167,7 @@ def _shown(sample: Sample) -> dict[str, Any]:
         "image": "data:image/png;base64," + b64encode(sample.png).decode("ascii"),
         "small": small,
         "reasoning": sample.reasoning,
-        "image_right": None if np.isnan(sample.strict) else sample.strict == 1,
+        "image_right": sample.right,
         "reasoning_right": sample.reasoning_correct,
     }
 
@@ -212,8 +213,10 @@ def _accuracy_figure(evaluations: dict[int, Result]) -> tuple[str, Markup] | Non
     steps, values = list(evaluations), np.array([result["strict"] for result in evaluations.values()])
     interval = np.array([result["strict_interval"] for result in evaluations.values()]).T
     axes.errorbar(steps, values, np.abs(interval - values), marker="o", capsize=3)
-    axes.set_ylim(0, 1)
-    return _svg("Held-out strict accuracy", figure, axes)
+    name = headlines(next(iter(evaluations.values())))["strict"]
+    if name == HEADLINES["strict"]:
+        axes.set_ylim(0, 1)
+    return _svg(f"Held-out: {name[0].lower()}{name[1:]}", figure, axes)
 
 
 def _reward_figure(rows: list[Row]) -> tuple[str, Markup] | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from common.rundir import RunDirectory
-from deploy.evaluation import HEADLINES, Result, compare, percent
+from deploy.evaluation import HEADLINES, PERCENT, Result, compare
 
 
 def first_and_last(run: RunDirectory) -> tuple[Result, Result]:
@@ -24,7 +24,7 @@ def row(run: RunDirectory) -> str:
     before, after = first_and_last(run)
     change = compare(before, after)["strict"]
     low, high = change["interval"]
-    cells = [f"{percent(before[key])} → {percent(after[key])}" for key in HEADLINES]
+    cells = [f"{PERCENT.value(before[key])} → {PERCENT.value(after[key])}" for key in HEADLINES]
     metrics = run.read_metrics()
     minutes = sum(step["time/step_s"] for step in metrics) / 60
     return (
@@ -39,7 +39,7 @@ def tasks(runs: list[RunDirectory]) -> list[str]:
     lines = ["| task | before | after |", "|---|---|---|"]
     for tag in pairs[0][0]["by_tag"]:
         before, after = (np.mean([pair[side]["by_tag"][tag]["strict"] for pair in pairs]) for side in (0, 1))
-        lines.append(f"| {tag} | {percent(float(before))} | {percent(float(after))} |")
+        lines.append(f"| {tag} | {PERCENT.value(float(before))} | {PERCENT.value(float(after))} |")
     return lines
 
 

@@ -34,11 +34,12 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Score:
-    """A row's numbers: overall (mean of task accuracies), ta, strict by task; cells behind them."""
+    """A row's numbers: overall (mean of task accuracies), ta, strict and ta by task; cells behind them."""
 
     overall: Estimate
     ta: Estimate
     tasks: Mapping[str, Estimate]
+    ta_tasks: Mapping[str, Estimate]
     cells: Sequence[Cell]
 
 
@@ -54,6 +55,7 @@ def score(cells: Sequence[Cell], seed: int = 0) -> Score:
     rng = np.random.default_rng(seed)
     drawn_seeds = rng.multinomial(len(cells), [1 / len(cells)] * len(cells), RESAMPLES)
     by_task: dict[str, NDArray[np.float64]] = {}
+    ta_by_task: dict[str, NDArray[np.float64]] = {}
     totals = np.zeros((2, RESAMPLES + 1))
     for task in dict.fromkeys(tags.tolist()):
         columns = {
@@ -66,9 +68,12 @@ def score(cells: Sequence[Cell], seed: int = 0) -> Score:
         seeds, weights = np.vstack([np.ones(len(cells)), drawn_seeds]), np.vstack([np.ones(prompts), drawn])
         sums = {name: np.einsum("rs,sp,rp->r", seeds, column, weights) for name, column in columns.items()}
         by_task[task] = sums["strict"] / sums["images"]
+        ta_by_task[task] = sums["ta"] / np.maximum(sums["ta_images"], 1e-9)
         totals += sums["ta"], sums["ta_images"]
-    tasks = {task: _estimate(values) for task, values in by_task.items()}
-    return Score(_estimate(np.mean(list(by_task.values()), 0)), _estimate(totals[0] / totals[1]), tasks, cells)
+    tasks, ta_tasks = ({task: _estimate(values) for task, values in of.items()} for of in (by_task, ta_by_task))
+    return Score(
+        _estimate(np.mean(list(by_task.values()), 0)), _estimate(totals[0] / totals[1]), tasks, ta_tasks, cells
+    )
 
 
 def _estimate(values: NDArray[np.float64]) -> Estimate:
@@ -142,7 +147,15 @@ def to_markdown(plan: Plan, stored: Stored, figures: Sequence[str]) -> str:
         *_findings(scores),
         "## Strict accuracy by task",
         "",
-        *_tasks(scores),
+        "In round brackets: the paper's.",
+        "",
+        *_tasks({row: found.tasks for row, found in scores.items()}, {row: ROWS[row].tasks or () for row in scores}),
+        "",
+        "## TA-like score by task",
+        "",
+        "The mean over images of the part of a prompt's questions (each object, number, color, relation) answered yes.",
+        "",
+        *_tasks({row: found.ta_tasks for row, found in scores.items()}, {}),
     ]
     for name in figures:
         of = FIGURES[name]
@@ -164,7 +177,7 @@ def _overall(scores: Mapping[str, Score]) -> list[str]:
             lines.append([about.title, "missing", theirs[0], "missing", theirs[1], "0", "–"])
             continue
         found = scores[row]
-        steps = " + ".join(str(steps) for steps in found.cells[0]["origin"]["steps"])
+        steps = " + ".join(str(steps) for steps in found.cells[0]["origin"]["steps"] if steps)
         minutes = np.mean([cell["minutes"] for cell in found.cells])
         lines.append(
             [
@@ -186,12 +199,13 @@ def _budgets(plan: Plan) -> list[str]:
     lines = []
     for row, about in ROWS.items():
         configs = settings(plan, row)
-        if len(configs) > 1:
-            parts = " + ".join(str(config.steps) for config in configs)
-            lines.append(f"- {about.title}: {parts} = {sum(c.steps for c in configs)} steps in all.")
+        trained = [config.steps for config in configs if config.steps]
+        if len(trained) > 1:
+            lines.append(f"- {about.title}: {' + '.join(map(str, trained))} = {sum(trained)} steps in all.")
         if configs[-1].evaluation.cfg.enabled:
             scale = configs[-1].evaluation.cfg.text_scale
-            lines.append(f"- {about.title}: evaluated as it is trained, with text scale {scale:g}; the others without.")
+            how = "trained and evaluated" if configs[-1].sampling.cfg.enabled else f"{ROWS['unigrpo'].title}, evaluated"
+            lines.append(f"- {about.title}: {how} with text scale {scale:g}; the others without guidance.")
     return lines
 
 
@@ -205,6 +219,11 @@ def _gaps(plan: Plan, stored: Stored) -> list[str]:
     if any(absent.values()):
         named = "; ".join(f"{ROWS[row].title} (seeds {', '.join(seeds)})" for row, seeds in absent.items() if seeds)
         lines.append(f"- Missing: {named}.")
+    alone = [
+        ROWS[row].title for row, cells in stored.cells.items() if len(cells) == 1 and sum(cells[0]["origin"]["steps"])
+    ]
+    if alone:
+        lines.append(f"- Of one seed only, so that the interval is one over prompts: {'; '.join(alone)}.")
     if stored.stale:
         named = "; ".join(f"{row} seed {seed} (another {differs})" for (row, seed), differs in stored.stale.items())
         lines.append(f"- Stale, made of something else than the other cells and not counted: {named}.")
@@ -239,19 +258,29 @@ def _findings(scores: Mapping[str, Score]) -> list[str]:
             f"- The best row that trains one modality is {ROWS[best].title}, {scores[best].overall}; UniGRPO's "
             f"interval {'lies above' if above else 'does not lie above'} it."
         )
+    if {"sft", "flowgrpo", "flowgrpo-think"} <= scores.keys():
+        gains = [
+            f"{100 * (scores[after].overall.mean - scores[before].overall.mean):.1f}"
+            for before, after in (("sft", "flowgrpo"), ("sft-think", "flowgrpo-think"))
+        ]
+        lines.append(
+            f"- FlowGRPO adds {gains[0]} points without thinking and {gains[1]} with it. The start draws from its own "
+            f"plan: without one it scores {100 * scores['sft'].overall.mean:.1f} instead of {100 * start.mean:.1f}, so "
+            "rows without thinking begin, and may end, below SFT with thinking."
+        )
     order = sorted(scores, key=lambda row: -scores[row].overall.mean)
     lines.append(f"- Order by strict accuracy: {' > '.join(ROWS[row].title for row in order)}.")
     return [*lines, ""]
 
 
-def _tasks(scores: Mapping[str, Score]) -> list[str]:
-    found = {task for of_row in scores.values() for task in of_row.tasks}
+def _tasks(scores: Mapping[str, Mapping[str, Estimate]], papers: Mapping[str, Sequence[float]]) -> list[str]:
+    found = {task for of_row in scores.values() for task in of_row}
     tasks = [*(task for task in TASKS if task in found), *sorted(found - set(TASKS))]
     lines = []
     for row, of_row in scores.items():
-        paper = dict(zip(TASKS, ROWS[row].tasks or (), strict=False))
-        lines.append([ROWS[row].title, *(_task(of_row.tasks.get(task), paper.get(task)) for task in tasks)])
-    return ["In round brackets: the paper's.", "", *_table(["", *tasks], lines)]
+        paper = dict(zip(TASKS, papers.get(row, ()), strict=False))
+        lines.append([ROWS[row].title, *(_task(of_row.get(task), paper.get(task)) for task in tasks)])
+    return _table(["", *tasks], lines)
 
 
 def _task(measured: Estimate | None, paper: float | None) -> str:

@@ -46,6 +46,7 @@ ROWS = {
     "two-stage": Row("FlowGRPO, then TextGRPO", ("flowgrpo-think", "textgrpo")),
     "unigrpo": Row("UniGRPO", ("shapes",), (0.8381, 0.90), (0.99, 0.99, 0.91, 0.91, 0.73, 0.86)),
     "cfg": Row("UniGRPO, CFG in training", ("cfg",)),
+    "cfg-evaluation": Row("UniGRPO, CFG in evaluation alone", ("shapes", "cfg-evaluation")),
     "no-image-gradient": Row("UniGRPO, no image gradient into reasoning", ("no-image-gradient",)),
     "learned-none": Row("Learned reward, no regulariser", ("learned-none",), most_steps=140),
     "learned-latent-kl": Row("Learned reward, latent KL", ("learned-latent-kl",), most_steps=140),

@@ -11,7 +11,7 @@ import pytest
 
 from common.records import encode_png
 from common.rundir import dump_json
-from deploy.evaluation import Sample, compare, percent, summarise, table, to_markdown
+from deploy.evaluation import PERCENT, Sample, compare, summarise, table, to_markdown
 from deploy.grid import CELL, GAP, sample_grid
 
 
@@ -137,6 +137,16 @@ def test_comparison_reads_back_from_json() -> None:
     assert compare(json.loads(dump_json(before)), json.loads(dump_json(after))) == compare(before, after)
 
 
+def test_what_no_scorer_calls_right_or_wrong_is_no_accuracy() -> None:
+    rows = [_sample("color", prompt, reward) for prompt, reward in (("a", 2.5), ("a", 3.5), ("b", 1.0))]
+    before = summarise(rows, version=0, judge="reward")
+    after = summarise(_with(rows, strict=3.25), version=1, judge="reward")
+    assert [row.right for row in rows] == [None, None, True]
+    lines = {name: cells for name, *cells in table(before, after)}
+    assert lines["Mean reward"][0].startswith("2.333 (") and lines["color"] == ["2.333", "3.250", "+0.917"]
+    assert "Strict accuracy" not in to_markdown(after)
+
+
 def test_markdown_has_every_row_and_column() -> None:
     before, after = summarise(ROWS, version=0), summarise(_with(ROWS, strict=1.0), version=1)
     alone = to_markdown(before)
@@ -146,7 +156,7 @@ def test_markdown_has_every_row_and_column() -> None:
     both = to_markdown(after, before)
     assert "|  | before | after | difference |\n| --- | --- | --- | --- |\n| Strict accuracy | 50.0 % (" in both
     assert "| count | 0.0 % | 100.0 % | +100.0 |\n" in both
-    assert (percent(None), percent(0.3125)) == ("–", "31.2 %")
+    assert (PERCENT.value(None), PERCENT.value(0.3125)) == ("–", "31.2 %")
 
 
 def _with(rows: list[Sample], **changes: Any) -> list[Sample]:

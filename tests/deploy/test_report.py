@@ -131,7 +131,7 @@ def test_a_finished_run(finished: RunDirectory) -> None:
     before, after = (finished.read_evaluations()[step] for step in (0, 4))
     assert "4 of 4 training steps are done, each on 8 prompts with 16 chains" in page.text
     assert "They took 0.4 minutes" in page.text
-    assert f"{100 * before['strict']:.1f} % were strictly right before training" in page.text
+    assert f"held-out prompts was {100 * before['strict']:.1f} % before training" in page.text
     assert f"and {100 * after['strict']:.1f} % after it" in page.text
     cells = re.findall(r"<th>(.*?)</th><td>(.*?)</td><td>(.*?)</td><td>(.*?)</td>", html)
     assert [cell[0] for cell in cells] == [
@@ -150,7 +150,7 @@ def test_a_finished_run(finished: RunDirectory) -> None:
     assert "2 images could not be scored" in page.text
     titles = re.findall(r"<section><h3>(.*?)</h3><svg", html)
     assert titles == [
-        "Held-out strict accuracy",
+        "Held-out: strict accuracy",
         "Training reward (mean and standard deviation)",
         "Gradient norms",
         "Clip fractions",

@@ -61,6 +61,7 @@ def test_numbers_by_hand() -> None:
     found = score([first, second])
     assert found.tasks["a"].mean == pytest.approx(8 / 16)
     assert found.tasks["b"].mean == 0
+    assert found.ta_tasks["a"].mean == pytest.approx(12 / 16) and found.ta_tasks["b"].mean == pytest.approx(2 / 8)
     assert found.overall.mean == pytest.approx(0.25)
     assert found.ta.mean == pytest.approx(14 / 24)
     second["result"]["tags"] = ["a", "b", "b"]
@@ -98,7 +99,10 @@ def test_page_holds_whatever_cells_there_are(plan: Plan) -> None:
     assert "a machine, 2 CPUs: 7 cells, 49 minutes" in text
     # The budget of two stages, and which guidance a row is judged with.
     assert "- FlowGRPO, then TextGRPO: 30 + 30 = 60 steps in all." in text
-    assert "- UniGRPO, CFG in training: evaluated as it is trained, with text scale 2; the others without." in text
+    assert "- UniGRPO, CFG in training: trained and evaluated with text scale 2; the others without guidance." in text
+    assert "- UniGRPO, CFG in evaluation alone: UniGRPO, evaluated with text scale 2; the others without" in text
+    assert "- Of one seed only, so that the interval is one over prompts: TextGRPO." in text
+    assert text.count("| TextGRPO | ") == 3, "overall, strict by task, TA by task"
     assert "| Learned reward, no regulariser | 30.0 → 30.0 | 30.0 → 30.0 |" in text
     for figure in ("curves", "ablations", "regulariser"):
         assert f"({plan.out.name}/{figure}.png)" in text
@@ -126,6 +130,9 @@ def test_every_row_resolves_and_later_stages_start_from_earlier_ones(tmp_path: P
     first, second = stages(plan, "two-stage", 2)
     assert second.model.path == str(first.directory / "checkpoints" / "step-000005" / "policy")
     assert first.run_name != second.run_name and [first] == stages(plan, "flowgrpo-think", 2)  # trained once
+    trained, guided = stages(plan, "cfg-evaluation", 2)
+    assert [trained] == stages(plan, "unigrpo", 2) and guided.steps == 0
+    assert guided.evaluation.cfg == stages(plan, "cfg", 2)[0].evaluation.cfg
     with pytest.raises(ConfigError, match="unigrp is not known; choose from sft"):
         check_rows(["unigrp"])
 
