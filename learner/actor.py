@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -176,6 +176,9 @@ class LearnerRank:
             "reward/zero_variance_groups": float(advantages.zero_variance_groups),
             "reward/masked_chains": float(advantages.unscored_chains),
             "weights/version": float(self.version),
+            "checkpoint/failed": float(
+                self.writing is not None and self.writing.done() and bool(self.writing.exception())
+            ),
             "time/update_math_s": compute,
         }
 
@@ -282,6 +285,10 @@ class LearnerRank:
     def restore(self, path: str) -> tuple[Any, ...]:
         """None, then the groups of a file of groups in flight, in order."""
         return None, *(group for group, *_ in read_groups(Path(path)))
+
+    def written(self, wait_s: float) -> bool:
+        """Whether no checkpoint is being written any more, after a wait of at most so long."""
+        return self.writing is None or bool(wait([self.writing], wait_s).done)
 
     def saved(self) -> str | None:
         """Waits until the checkpoint that is being written is whole; what went wrong with it, None if nothing."""

@@ -29,6 +29,7 @@ from learner.actor import LearnerRank
 from learner.self_test import verdict
 
 log = logging.getLogger(__name__)
+MOST_WRITING = 8  # halves of learner.deadline_s that a checkpoint may take
 
 
 class LearnerError(RuntimeError):
@@ -154,6 +155,8 @@ class LearnerGroup:
             self._self_test(step, groups)
         self._all("take", groups, rewards)
         metrics: dict[str, float] = self._all("update", step)[0]
+        if metrics.pop("checkpoint/failed", 0.0):
+            self._heed(self._all("saved")[0])
         if metrics["loss/nonfinite"] and self.config.on_nonfinite == "stop":
             raise NonFiniteError(
                 f"step {step}: the gradient is NaN or infinite; the weights were left as they were before it. "
@@ -239,6 +242,7 @@ class LearnerGroup:
         """Begins a checkpoint: returns when the state is copied; rank 0 writes it while training goes on, after the
         one before. A checkpoint that could not be written is a warning here: the one before stays whole. in_flight:
         finished groups of steps to come."""
+        self._wait_written()
         self._heed(self._all("save", str(directory), state, in_flight or {})[0])
         event("checkpoint", path=str(directory))
 
@@ -252,8 +256,23 @@ class LearnerGroup:
         """Waits until the last groups and the last checkpoint are written. LearnerError if that checkpoint could not
         be."""
         self._recorded()
+        self._wait_written()
         if problem := self._heed(self._all("saved")[0]):
             raise LearnerError(f"the last checkpoint could not be written: {problem}")
+
+    def _wait_written(self) -> None:
+        """A slow disk is no lost learner: rank 0 answers while it writes. LearnerError if the disk hangs."""
+        deadline_s = self.config.learner.deadline_s
+        for waited in range(MOST_WRITING):
+            if self._outcomes([self.ranks[0].written.remote(deadline_s / 2)], "written")[0]:
+                return
+            log.warning(
+                "a checkpoint is still being written after %.0f s; the run waits", (waited + 1) * deadline_s / 2
+            )
+        raise LearnerError(
+            f"a checkpoint was not written within {MOST_WRITING * deadline_s / 2:.0f} s ({MOST_WRITING / 2:g} times "
+            "learner.deadline_s); does the disk of runs_dir still answer?"
+        )
 
     def _heed(self, problem: str | None) -> str | None:
         if problem:

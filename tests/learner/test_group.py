@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import ray
 import torch
 from chains import make_chains
 from golden_numbers import CHECKPOINT, close
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from common.bagel.checkpoint import Checkpoint
 from common.bagel.policy import BagelPolicy
@@ -61,6 +62,13 @@ def group(local_ray: None, config: TrainConfig) -> Iterator[LearnerGroup]:
         def __init__(self, *arguments: Any) -> None:
             engine.PERSISTENT = 0  # what is small is sharded too
             super().__init__(*arguments)
+
+        def slow_disk(self, seconds: float) -> None:
+            def slow(*arguments: Any) -> None:
+                time.sleep(seconds)
+                save_file(*arguments)
+
+            run_checkpoint.save_file = slow
 
         def fill_disk(self) -> None:
             def full(*arguments: object) -> None:
@@ -109,6 +117,26 @@ def test_a_lost_rank_a_full_disk_and_another_number_of_ranks(
     first = tmp_path / "step-000001"
     group.save(first, {"step": 1, "reward": 0.5}, {4: refs})
     assert group.update(1, refs, REWARDS)["weights/version"] == 2
+
+    # A slow disk: the learner is waited for, not given up.
+    hurried = config.model_copy(update={"learner": config.learner.model_copy(update={"deadline_s": 2.0})})
+    ray.get([rank.slow_disk.remote(3.0) for rank in group.ranks])
+    group.save(tmp_path / "slow" / "step-000002", {"step": 2})
+    group.config = hurried
+    group._wait_written()
+    assert "still being written after 1 s" in caplog.text
+    group.config = config
+    group.save(tmp_path / "slow" / "step-000003", {"step": 3})
+    group.config = hurried
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(LearnerError, match=r"not written within 1 s \(0.5 times"),
+    ):
+        patch.setattr("learner.group.MOST_WRITING", 1)
+        group._wait_written()
+    group.config = config
+    group._wait_written()
+    shutil.rmtree(tmp_path / "slow")
 
     # A full disk: training goes on, the checkpoint before stays, and the last one's failure is an error.
     ray.get([rank.fill_disk.remote() for rank in group.ranks])
