@@ -11,6 +11,7 @@ import threading
 import time
 from concurrent.futures import Future
 from contextlib import suppress
+from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
@@ -42,7 +43,7 @@ def connect(address: str) -> JobSubmissionClient:
     try:
         _check_serves(address)
         return JobSubmissionClient(address)
-    except (AuthenticationError, OSError, RuntimeError, ValueError) as error:
+    except (AuthenticationError, HTTPException, OSError, RuntimeError, ValueError) as error:
         raise ConfigError(
             f"--address is {address} but no Ray cluster takes jobs from us there ({one_line(error)}). Give its "
             "dashboard's (`ray dashboard ray_cluster.yaml` forwards it), with RAY_AUTH_MODE and the token as there"

@@ -25,15 +25,14 @@ from common.timeline import span
 from common.transport import LostWeightsError, Publication, TransportError
 from common.types import RolloutRequest, RolloutStats
 from rollout.batch import Batch, FollowUp, RolloutError, Work
+from rollout.faults import Faults
 from rollout.replica import STATES, Call, Replica
 from rollout.scaling import first_to_go, wanted
 
 log = logging.getLogger(__name__)
 MAX_ERRORS = 3  # of one piece of work
 MAX_DEATHS = 10  # of replicas over one piece of work
-MIN_FAULTS = 3  # in a row, of replicas that cannot be built or hold other weights than they were sent, end the run
 TICK_S = 0.2
-MOST_BACKOFF_S = 60.0  # until another replica is tried in the place of one that cannot be built
 
 
 class RolloutPool:
@@ -48,7 +47,7 @@ class RolloutPool:
         self._manifest: ray.ObjectRef | None = None
         self._awaited: Replica | None = None
         self.restarts = self.rerun_groups = self.continued_groups = 0
-        self._faults, self._misses, self._add_from = 0, 0, 0.0
+        self._faults = Faults()
         self._orphaned: LostWeightsError | None = None
         self._started = 0
         self._queue: deque[Work] = deque()
@@ -129,7 +128,8 @@ class RolloutPool:
         started = time.monotonic()
         with self._changed:
             self.weights, self._manifest = weights, ray.put(weights.manifest)
-            self._misses, self._orphaned = 0, None
+            self._orphaned = None
+            self._faults.loaded()
             owing = list(self.replicas)
             self._events.put(None)
 
@@ -305,7 +305,8 @@ class RolloutPool:
         elif call.weights:
             held, sent = call.future.result(), call.weights.manifest.checksum
             if held == sent:
-                replica.holds, self._misses = call.weights, 0
+                replica.holds = call.weights
+                self._faults.loaded()
             else:
                 self._wrong(replica, f"it holds {held} instead of {sent}")
 
@@ -321,7 +322,7 @@ class RolloutPool:
 
     def _generated(self, replica: Replica, call: Call, work: Work, error: BaseException | None) -> None:
         if error is None:
-            self._faults = 0
+            self._faults.worked()
             stats = call.future.result()
             if stats is None:
                 self._paused(work, call.refs[0])
@@ -386,25 +387,13 @@ class RolloutPool:
         self._restart(replica)
 
     def _fault(self, error: ConfigError | RolloutError) -> None:
-        """Ends the run after too many in a row, unless others hold the weights: one bad node is no bad pool."""
-        self._faults += 1
-        self._add_from = time.monotonic() + min(MOST_BACKOFF_S, TICK_S * 2 ** min(self._faults, 10))
-        healthy = any(replica.serving and replica.holds for replica in self.replicas)
-        if self._faults >= max(MIN_FAULTS, len(self.replicas)) and not healthy:
-            self._break(type(error)(f"{self._faults} faults of rollout replicas in a row; the last one: {error}"))
+        if too_many := self._faults.fault(error, self.replicas):
+            self._break(too_many)
 
     def _missing(self, weights: Publication | None) -> None:
-        """The published bytes died with the learner's node. If no replica has them either, whoever waits for groups
-        hears of it: a rebuilt learner publishes again."""
-        self._misses += 1
-        if weights is not self.weights or self._misses < max(MIN_FAULTS, len(self.replicas)):
-            return
-        if weights is None or any(replica.holds is weights for replica in self.replicas):
-            return
-        self._orphaned = LostWeightsError(
-            f"weights version {weights.manifest.version} is lost with the learner's node, and no replica holds it"
-        )
-        self._fail_all(self._orphaned)
+        if weights and weights is self.weights and (lost := self._faults.missing(weights, self.replicas)):
+            self._orphaned = lost
+            self._fail_all(lost)
 
     def _overdue(self, replica: Replica, call: Call) -> None:
         waited = time.monotonic() - call.started
@@ -429,7 +418,7 @@ class RolloutPool:
         """Asks for replicas while work is queued that nobody is there to take; lets long idle ones go."""
         staying = [replica for replica in self.replicas if not replica.leaving]
         number = wanted(staying, len(self._queue), (self.fewest, self.most), self.config.rollout.idle_s)
-        if time.monotonic() >= self._add_from:
+        if time.monotonic() >= self._faults.add_from:
             for _ in range(number - len(staying)):
                 self._add()
         for replica in first_to_go(staying)[: max(0, len(staying) - number)]:

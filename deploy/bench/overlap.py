@@ -27,8 +27,9 @@ from common.recipe import load_config
 from common.transport.object_store import ObjectStorePublication
 from deploy.bench import control_plane as simulated
 from deploy.in_flight import InFlight
-from deploy.loop import Clock, learn, train
+from deploy.loop import learn, train
 from deploy.session import open_session
+from deploy.step_metrics import Clock
 from rewards.pool import RewardPool
 from rollout.pool import RolloutPool
 

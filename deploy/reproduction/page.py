@@ -268,6 +268,11 @@ def _findings(scores: Mapping[str, Score]) -> list[str]:
             f"plan: without one it scores {100 * scores['sft'].overall.mean:.1f} instead of {100 * start.mean:.1f}, so "
             "rows without thinking begin, and may end, below SFT with thinking."
         )
+    lines += [
+        f"- {ROWS[row].title}: {scores[row].overall} instead of {ours}."
+        for row in ("cfg", "cfg-evaluation", "no-image-gradient")
+        if row in scores
+    ]
     order = sorted(scores, key=lambda row: -scores[row].overall.mean)
     lines.append(f"- Order by strict accuracy: {' > '.join(ROWS[row].title for row in order)}.")
     return [*lines, ""]

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -303,6 +304,14 @@ def test_an_address_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
         port = silent.getsockname()[1]
         with pytest.raises(ConfigError, match=rf"--address is .*:{port} .*timed out.*dashboard's"):
             jobs.connect(f"http://127.0.0.1:{port}")
+
+
+def test_a_server_of_another_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")
+    with socket.create_server(("127.0.0.1", 0)) as mail:
+        threading.Thread(target=lambda: mail.accept()[0].sendall(b"220 mail\r\n"), daemon=True).start()
+        with pytest.raises(ConfigError, match=r"--address is .* but no Ray cluster takes jobs .*220 mail"):
+            jobs.connect(f"http://127.0.0.1:{mail.getsockname()[1]}")
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:8265", "http://127.0.0.1:{port}"])

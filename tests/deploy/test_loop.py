@@ -19,10 +19,11 @@ from common.records import write_groups
 from common.rundir import RunDirectory
 from common.types import Chain, Group, ImageSegment, Prompt, RolloutRequest, RolloutStats, TextSegment
 from deploy.in_flight import InFlight, conditions
-from deploy.loop import Clock, learn, steps
+from deploy.loop import learn, steps
 from deploy.recovery import MAX_TRIES, Recovery, redoing_lost
 from deploy.requests import training_requests
 from deploy.scoring import tickets
+from deploy.step_metrics import Clock
 from learner import checkpoint as run_checkpoint
 from learner.group import LostLearnerError
 from rewards.pool import Scored

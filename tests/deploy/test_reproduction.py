@@ -78,7 +78,7 @@ def test_intervals_cover_seeds_and_prompts() -> None:
 
 
 def test_page_holds_whatever_cells_there_are(plan: Plan) -> None:
-    rates = {"sft-think": 0.4, "textgrpo": 0.6, "unigrpo": 0.85, "learned-none": 0.3}
+    rates = {"sft-think": 0.4, "textgrpo": 0.6, "unigrpo": 0.85, "cfg": 0.8, "learned-none": 0.3}
     _store(plan, *(_cell(row, seed, rate, plan) for row, rate in rates.items() for seed in (1, 0)))
     cell_file(plan, "textgrpo", 1).unlink()
     page = write_page(plan, read_cells(plan))
@@ -93,10 +93,14 @@ def test_page_holds_whatever_cells_there_are(plan: Plan) -> None:
     removed = 1 - (1 - scores["unigrpo"].overall.mean) / (1 - scores["sft-think"].overall.mean)
     assert f"removes {100 * removed:.0f} % of the strict error" in text
     assert "is TextGRPO" in text and "interval lies above it" in text
-    assert "accuracy: UniGRPO > TextGRPO > SFT, thinking > Learned reward, no regulariser." in text
+    assert f"- UniGRPO, CFG in training: {scores['cfg'].overall} instead of {scores['unigrpo'].overall}." in text
+    assert (
+        "accuracy: UniGRPO > UniGRPO, CFG in training > TextGRPO > SFT, thinking > Learned reward, no regulariser."
+        in text
+    )
     row = next(line for line in text.splitlines() if line.startswith("| TextGRPO") and "(" in line)
     assert row.split(" | ")[1] == f"{scores['textgrpo'].tasks['single_object']} (99)"
-    assert "a machine, 2 CPUs: 7 cells, 49 minutes" in text
+    assert "a machine, 2 CPUs: 9 cells, 63 minutes" in text
     # The budget of two stages, and which guidance a row is judged with.
     assert "- FlowGRPO, then TextGRPO: 30 + 30 = 60 steps in all." in text
     assert "- UniGRPO, CFG in training: trained and evaluated with text scale 2; the others without guidance." in text
