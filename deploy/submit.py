@@ -75,14 +75,19 @@ def submit(client: JobSubmissionClient, working_dir: Path, command: list[str]) -
     Nothing of this machine's environment goes along: a job's variables are shown in the dashboard.
     """
     carried = {SUBMITTED_WITH: json.dumps(versions())}
-    try:
-        return client.submit_job(
-            entrypoint=shlex.join(command),
-            runtime_env={"working_dir": str(working_dir), "env_vars": carried},
-            metadata=versions(),
-        )
-    except (RuntimeError, ValueError) as error:
-        raise ConfigError(f"the cluster did not take the job ({one_line(error)})") from error
+    deadline = time.monotonic() + RETRY_S
+    while True:
+        try:
+            return client.submit_job(
+                entrypoint=shlex.join(command),
+                runtime_env={"working_dir": str(working_dir), "env_vars": carried},
+                metadata=versions(),
+            )
+        except (RuntimeError, OSError, ValueError) as error:
+            # A head that has just started has a dashboard sooner than the agent that starts jobs.
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise ConfigError(f"the cluster did not take the job ({one_line(error)})") from error
+        time.sleep(1)
 
 
 def follow(client: JobSubmissionClient, job: str, stop_on_interrupt: bool) -> int:

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -295,6 +296,24 @@ def test_a_log_whose_connection_ends_is_told_on(head: Head, tmp_path: Path) -> N
     output = client.communicate(timeout=120)[0]
     assert client.returncode == 0 and "cuts to come: 0" in output, output
     assert re.findall(r"line \d", output) == [f"line {i}" for i in range(8)]
+
+
+def test_a_head_that_has_just_started_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def submit_job(**job: Any) -> str:
+        asked.append(job["entrypoint"])
+        if len(asked) < 3:
+            raise RuntimeError("Request failed with status code 500: No available agent to submit job")
+        return "job"
+
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    assert jobs.submit(SimpleNamespace(submit_job=submit_job), tmp_path, ["true"]) == "job"  # type: ignore[arg-type]
+    assert asked == ["true"] * 3
+    asked.clear()
+    monkeypatch.setattr(jobs, "RETRY_S", -1.0)
+    with pytest.raises(ConfigError, match="did not take the job .*No available agent"):
+        jobs.submit(SimpleNamespace(submit_job=submit_job), tmp_path, ["true"])  # type: ignore[arg-type]
 
 
 def test_an_address_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
