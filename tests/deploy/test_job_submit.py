@@ -312,7 +312,7 @@ def test_a_head_that_has_just_started_is_asked_again(tmp_path: Path, monkeypatch
     assert asked == ["true"] * 3
     asked.clear()
     monkeypatch.setattr(jobs, "RETRY_S", -1.0)
-    with pytest.raises(ConfigError, match="did not take the job .*No available agent"):
+    with pytest.raises(ConfigError, match=r"did not take the job .*No available agent"):
         jobs.submit(SimpleNamespace(submit_job=submit_job), tmp_path, ["true"])  # type: ignore[arg-type]
 
 
