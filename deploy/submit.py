@@ -92,6 +92,7 @@ def submit(client: JobSubmissionClient, working_dir: Path, command: list[str]) -
 
 def follow(client: JobSubmissionClient, job: str, stop_on_interrupt: bool) -> int:
     """Prints the job's log until it ends; its exit code. Ctrl-C leaves the job alone (130) unless it is to stop it."""
+    _info(client, job)  # one that does not exist has no log to wait for
     # In its own thread: a log that does not come or a connection that does not close cannot hold back an interrupt.
     shown: Future[None] = Future()
     threading.Thread(target=_show_log, args=(client, job, shown), daemon=True).start()

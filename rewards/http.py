@@ -39,10 +39,6 @@ class HttpOptions(Section):
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("url is no http address; give e.g. http://127.0.0.1:8000/score")
-        if parts.username or parts.password:
-            raise ValueError(
-                "url holds a password, which would be written to config.yaml; name a variable in token_env"
-            )
         if not (self.remote or _loopback(parts.hostname)):
             raise ValueError(f"url leaves this machine for {parts.hostname}; set remote=true if that is meant")
         return self

@@ -334,18 +334,12 @@ class RolloutPool:
         if isinstance(error, RayTaskError):
             work.errors += 1
             if not isinstance(error.cause, ObjectLostError):  # of what was begun, whose node is lost
-                self._raised(replica, error)
+                # An engine that died within a living process fails at everything, sooner than others finish.
+                self._restart(replica, one_line(error.cause))
         else:
             replica.blamed = work
             self._lost(replica, error)
         self._retry(work, f"{replica.name}: {getattr(error, 'cause', None) or type(error).__name__}")
-
-    def _raised(self, replica: Replica, error: RayTaskError) -> None:
-        """An engine that died within a living process fails at everything, sooner than others finish: the replica is
-        started afresh, and another takes the work."""
-        log.warning("%s failed (%s); restarting it", replica.name, one_line(error.cause))
-        event("replica_lost", replica=replica.name, reason=one_line(error.cause))
-        self._restart(replica)
 
     def _paused(self, work: Work, begun: ray.ObjectRef) -> None:
         """Its replica loads the new weights; then it, or another, goes on with the chains as they are."""
@@ -381,10 +375,8 @@ class RolloutPool:
 
     def _wrong(self, replica: Replica, reason: str) -> None:
         """A replica that does not hold what it was sent is started afresh."""
-        log.warning("%s: %s; restarting it", replica.name, reason)
-        event("replica_lost", replica=replica.name, reason=reason)
         self._fault(RolloutError(f"{replica.name}: {reason}"))
-        self._restart(replica)
+        self._restart(replica, reason)
 
     def _fault(self, error: ConfigError | RolloutError) -> None:
         if too_many := self._faults.fault(error, self.replicas):
@@ -401,16 +393,16 @@ class RolloutPool:
             log.warning("%s waits for room for %s since %.0f s", replica.name, replica.room.each, waited)
             call.deadline = time.monotonic() + self.config.rollout.deadline_s
             return
-        log.warning("%s did not finish %s within %.0f s; restarting it", replica.name, call.kind, waited)
-        event("replica_lost", replica=replica.name, reason=f"it did not finish {call.kind} within {waited:.0f} s")
         replica.call = None
         call.give_up()
-        self._restart(replica)
+        self._restart(replica, f"it did not finish {call.kind} within {waited:.0f} s")
         if call.work:
             replica.blamed = call.work
             self._retry(call.work, f"{replica.name} made no progress for {waited:.0f} s")
 
-    def _restart(self, replica: Replica) -> None:
+    def _restart(self, replica: Replica, reason: str) -> None:
+        log.warning("%s: %s; restarting it", replica.name, reason)
+        event("replica_lost", replica=replica.name, reason=reason)
         replica.serving, replica.holds, replica.again_at = False, None, time.monotonic() + TICK_S
         replica.restart()
 

@@ -370,8 +370,9 @@ def test_a_secret_in_a_recipe_is_refused_and_not_repeated(name: str) -> None:
     assert "s3cret" not in str(error.value)
     with pytest.raises(ConfigError, match=rf"rewards\.0\.options\.headers\.1\.{name} looks like a secret"):
         validate({"rewards": [{"name": "mine", "options": {"headers": [{}, {name: "s3cret"}]}}]})
-    with pytest.raises(ConfigError, match=r"rewards\.0\.options\.url looks like a secret") as error:
-        validate({"rewards": [{"name": "mine", "options": {"url": f"https://host/score?a=b&{name}=s3cret"}}]})
-    assert "s3cret" not in str(error.value)
+    for url in (f"https://host/score?a=b&{name}=s3cret", "https://user:s3cret@host/score", "https://s3cret@host/score"):
+        with pytest.raises(ConfigError, match=r"rewards\.0\.options\.url looks like a secret") as error:
+            validate({"rewards": [{"name": "mine", "options": {"url": url}}]})
+        assert "s3cret" not in str(error.value)
     fine = {f"{name}_env": "NAME", "keys": "a", "tokens": "b", "monkey": "c", "url": "https://host/score?author=d"}
     validate({"rewards": [{"name": "mine", "options": fine}]})
