@@ -156,10 +156,8 @@ def _holds_secret(text: str) -> bool:
         parts = urlsplit(text)
     except ValueError:
         return False
-    return bool(
-        parts.scheme
-        and (parts.username or parts.password or any(_names_secret(key) for key, _ in parse_qsl(parts.query)))
-    )
+    asked = any(_names_secret(key) for key, _ in parse_qsl(parts.query))
+    return bool(parts.scheme and (parts.username or parts.password or asked))
 
 
 def _objective(config: TrainConfig) -> Iterator[str]:

@@ -137,9 +137,8 @@ def test_the_token_comes_from_the_environment(service: Service, monkeypatch: pyt
     ],
 )
 def test_an_address_that_is_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message) as error:
+    with pytest.raises(ConfigError, match=message):
         check_options("http", options)
-    assert "word@" not in str(error.value)
 
 
 @pytest.mark.parametrize("url", ["http://localhost:1/s", "http://127.0.0.2/s", "http://[::1]:8000/s"])
