@@ -58,7 +58,8 @@ def _duration(minutes: float | None) -> str:
 def run_cell(plan: Plan, row: str, seed: int) -> Cell:
     """Trains (or only evaluates) one cell, going on where an earlier attempt stopped."""
     began = time.monotonic()
-    runs = [_run(config) for config in stages(plan, row, seed)]
+    configs = stages(plan, row, seed)
+    runs = [_run(config) for config in configs]
     results = [result for run in runs for result in run.read_evaluations().values()]
     metrics = [line for run in runs for line in run.read_metrics()]
     minutes = sum(line["time/step_s"] for line in metrics) / 60
@@ -71,6 +72,7 @@ def run_cell(plan: Plan, row: str, seed: int) -> Cell:
         "wall_minutes": round(max(minutes, (time.monotonic() - began) / 60), 2),
         "finished": time.strftime("%Y-%m-%d", time.gmtime()),
         "machine": machine(),
+        "dtypes": [configs[-1].learner.dtype, configs[-1].rollout.dtype],
         "result": digest(results[-1]),
         "curves": {key: [rounded(line.get(key)) for line in metrics] for key in CURVES},
     }

@@ -224,10 +224,28 @@ def _gaps(plan: Plan, stored: Stored) -> list[str]:
     ]
     if alone:
         lines.append(f"- Of one seed only, so that the interval is one over prompts: {'; '.join(alone)}.")
+    lines += _types(stored)
     if stored.stale:
         named = "; ".join(f"{row} seed {seed} (another {differs})" for (row, seed), differs in stored.stale.items())
         lines.append(f"- Stale, made of something else than the other cells and not counted: {named}.")
     return lines
+
+
+def _types(stored: Stored) -> list[str]:
+    """Cells of another compute type than most: a CPU without bf16 products takes float32."""
+    by_type: dict[str, dict[str, list[str]]] = {}
+    for row, cells in stored.cells.items():
+        for cell in cells:
+            by_type.setdefault(" and ".join(dict.fromkeys(cell["dtypes"])), {}).setdefault(row, []).append(
+                str(cell["seed"])
+            )
+    names = sorted(by_type, key=lambda name: -sum(map(len, by_type[name].values())))
+    return [
+        f"- Computed in {name} instead of {names[0]}, as the machine does: "
+        + "; ".join(f"{ROWS[row].title} (seeds {', '.join(seeds)})" for row, seeds in by_type[name].items())
+        + "."
+        for name in names[1:]
+    ]
 
 
 def _hacked(stored: Stored) -> list[str]:
@@ -296,11 +314,15 @@ def _task(measured: Estimate | None, paper: float | None) -> str:
 def _machines(scores: Mapping[str, Score]) -> list[str]:
     cells = [cell for found in scores.values() for cell in found.cells]
     lines = []
-    for name in dict.fromkeys(cell["machine"] for cell in cells):
-        own = [cell for cell in cells if cell["machine"] == name]
+    for name in dict.fromkeys(map(_machine, cells)):
+        own = [cell for cell in cells if _machine(cell) == name]
         dates, minutes = sorted(cell["finished"] for cell in own), sum(cell["minutes"] for cell in own)
         lines.append(f"- {name}: {len(own)} cells, {minutes:.0f} minutes of training steps, {dates[0]} to {dates[-1]}")
     return lines
+
+
+def _machine(cell: Cell) -> str:
+    return f"{cell['machine']}, {' and '.join(dict.fromkeys(cell['dtypes']))}"
 
 
 def draw(path: Path, rows: Mapping[str, Sequence[Cell]], panels: Mapping[str, str]) -> Path | None:

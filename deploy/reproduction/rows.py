@@ -142,7 +142,8 @@ def stages(plan: Plan, row: str, seed: int) -> list[TrainConfig]:
 
 
 def _matters(config: TrainConfig) -> dict[str, Any]:
-    """The settings that make the result: not names, nor how many actors there are and what they keep."""
+    """The settings that make the result: not names, nor how many actors there are and what they keep, nor the compute
+    type, which is the machine's; a cell says which it had."""
     told = config.model_dump(mode="json", exclude_defaults=True)
     for name in ("run_name", "runs_dir", "seed", "steps", "max_minutes", "rollout", "recording", "checkpoints"):
         told.pop(name, None)
@@ -153,7 +154,7 @@ def _matters(config: TrainConfig) -> dict[str, Any]:
     told.pop("rewards", None)
     if rewards != [scorer.model_dump(include=SCORING) for scorer in usual]:
         told["rewards"] = rewards
-    return {**told, "model": model, "lora": lora, "dtypes": [config.learner.dtype, config.rollout.dtype]}
+    return {**told, "model": model, "lora": lora}
 
 
 def _start(model: Model) -> str:

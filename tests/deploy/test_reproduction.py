@@ -34,6 +34,7 @@ def _cell(row: str, seed: int, rate: float, plan: Plan | None = None, prompts: i
         "wall_minutes": 8.0,
         "finished": "2026-01-02",
         "machine": "a machine, 2 CPUs",
+        "dtypes": ["bfloat16", "bfloat16"],
         "result": {
             "tags": sorted((*TASKS, "reasoning")[p % 7] for p in range(prompts)),
             "images": [4] * prompts,
@@ -81,6 +82,7 @@ def test_page_holds_whatever_cells_there_are(plan: Plan) -> None:
     rates = {"sft-think": 0.4, "textgrpo": 0.6, "unigrpo": 0.85, "cfg": 0.8, "learned-none": 0.3}
     _store(plan, *(_cell(row, seed, rate, plan) for row, rate in rates.items() for seed in (1, 0)))
     cell_file(plan, "textgrpo", 1).unlink()
+    _store(plan, _cell("cfg", 1, 0.8, plan) | {"dtypes": ["float32", "float32"]})
     page = write_page(plan, read_cells(plan))
     assert page == plan.out.with_suffix(".md")
     text = page.read_text()
@@ -100,7 +102,9 @@ def test_page_holds_whatever_cells_there_are(plan: Plan) -> None:
     )
     row = next(line for line in text.splitlines() if line.startswith("| TextGRPO") and "(" in line)
     assert row.split(" | ")[1] == f"{scores['textgrpo'].tasks['single_object']} (99)"
-    assert "a machine, 2 CPUs: 9 cells, 63 minutes" in text
+    # Where a machine computed otherwise, the page says so; it makes no cell stale.
+    assert "a machine, 2 CPUs, bfloat16: 8 cells, 56 minutes" in text and "2 CPUs, float32: 1 cells, 7 min" in text
+    assert "- Computed in float32 instead of bfloat16, as the machine does: UniGRPO, CFG in training (seeds 1)." in text
     # The budget of two stages, and which guidance a row is judged with.
     assert "- FlowGRPO, then TextGRPO: 30 + 30 = 60 steps in all." in text
     assert "- UniGRPO, CFG in training: trained and evaluated with text scale 2; the others without guidance." in text
@@ -168,7 +172,7 @@ def test_a_stale_cell_is_named_not_counted_and_run_again(plan: Plan) -> None:
         assert stored.cells == {"unigrpo": [good]}
         assert missing(plan, stored) == [("unigrpo", 1)]
         assert f"not counted: unigrpo seed 1 (another {key})." in to_markdown(plan, stored, [])
-    # Other steps and other settings make all of them stale; how many actors there are does not.
+    # Other steps and other settings make all of them stale; how many actors there are, and what they compute in, not.
     _store(plan, good, other)
     for changes, stale in (
         ({"steps": 20}, "steps"),
@@ -177,7 +181,13 @@ def test_a_stale_cell_is_named_not_counted_and_run_again(plan: Plan) -> None:
     ):
         assert set(read_cells(replace(plan, **changes)).stale.values()) == {stale}
         assert stages(replace(plan, **changes), "unigrpo", 0)[0].runs_dir != stages(plan, "unigrpo", 0)[0].runs_dir
-    fewer = ("rollout.replicas=1", "learner.ranks=1", 'rewards=[{"name": "shapes", "replicas": 1}]')
+    fewer = (
+        "rollout.replicas=1",
+        "learner.ranks=1",
+        "learner.dtype=bfloat16",
+        "rollout.dtype=bfloat16",
+        'rewards=[{"name": "shapes", "replicas": 1}]',
+    )
     assert read_cells(replace(plan, overrides=fewer)).stale == {}
     (plan.out / "cells" / "odd.json").write_text("{")
     with pytest.raises(ConfigError, match=r"odd\.json is not a cell .*remove it"):
