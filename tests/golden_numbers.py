@@ -57,16 +57,30 @@ def tensors(name: str) -> dict[str, torch.Tensor]:
     return Arrays(name, {key: tensor(array) for key, array in golden(name).items()})
 
 
+def named(file: str, pattern: str) -> list[str]:
+    """What a pattern's one group is in the names of a file's arrays that fit it as a whole, each once."""
+    found = (re.fullmatch(pattern, name) for name in golden(file))
+    return list(dict.fromkeys(match[1] for match in found if match))
+
+
 @cache
-def described() -> dict[str, Any]:
-    """What the recording says of its BAGEL files and arrays."""
-    return json.loads((GOLDEN / "bagel/README.json").read_text())
+def described(folder: str) -> dict[str, Any]:
+    """What the recording says of a folder's files and arrays."""
+    return json.loads((GOLDEN / folder / "README.json").read_text())
 
 
 def meaning(file: str, array: str) -> str:
-    """One array in words, with the call that made it, e.g. meaning("velocity", "cfg_x")."""
-    about = described()[f"{file}.npz"]["arrays"][array]
+    """One array in words, with the call that made it, e.g. meaning("bagel/velocity.npz", "cfg_x")."""
+    folder, name = file.split("/")
+    about = described(folder)[name]["arrays"][array]
     return f"{about['meaning']} | {about.get('call', '')}"
+
+
+def stated(text: str, name: str) -> float:
+    """The number behind a name among those words, e.g. of "clip" in "clipped policy loss (clip 3e-4)"."""
+    found = re.search(rf"\b{name} ([0-9.]+(?:e-?\d+)?)", text)
+    assert found, f"the recording does not say its {name}: {text}"
+    return float(found[1])
 
 
 def settings(file: str, array: str) -> dict[str, Any]:

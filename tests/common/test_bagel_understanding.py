@@ -176,11 +176,11 @@ def test_editing_context(checkpoint: Checkpoint) -> None:
 @torch.no_grad()
 def test_editing_velocity_with_and_without_guidance(checkpoint: Checkpoint) -> None:
     """The contexts of three branches in one padded batch: the whole, without the instruction, without the image."""
-    numbers, policy, recorded = golden("bagel/vit.npz"), checkpoint.policy, settings("vit", "edit_cfg_v")
+    numbers, policy, recorded = golden("bagel/vit.npz"), checkpoint.policy, settings("bagel/vit.npz", "edit_cfg_v")
     whole = edit_context(checkpoint)
     _, context, _ = read(policy, [whole, whole[:2], whole[2:]])
     full, text, image = (context.take(torch.tensor([row])) for row in range(3))
-    t = torch.tensor([float(described()["vit.npz"]["arrays"]["edit_x"]["meaning"].split("t=")[1])])
+    t = torch.tensor([float(described("bagel")["vit.npz"]["arrays"]["edit_x"]["meaning"].split("t=")[1])])
     x, grid = tensor(numbers["edit_x"])[None], clean_image(checkpoint).grid
     close(policy.velocity(x, t, full, grid)[0], numbers["edit_v"])
     cfg = Cfg(
@@ -324,7 +324,7 @@ def test_recorded_training_forward_and_gradients() -> None:
     close(loss, numbers["loss"])
     loss.backward()
     gradients = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
-    names = described()["train_packed2.npz"]["grad_names"]
+    names = described("bagel")["train_packed2.npz"]["grad_names"]
     assert sorted(gradients) == names
     close([gradients[name].norm().item() for name in names], numbers["grad_norms"])
     for key in (key for key in numbers if key.startswith("grad:")):

@@ -13,12 +13,14 @@ from common.bagel.checkpoint import Checkpoint
 from common.config import Cfg
 
 EVERYWHERE = (0.0, 1.0)
-COMBINATIONS = [name for name in golden("bagel/velocity.npz") if name.startswith("cfg_") and settings("velocity", name)]
+COMBINATIONS = [
+    name for name in golden("bagel/velocity.npz") if name.startswith("cfg_") and settings("bagel/velocity.npz", name)
+]
 
 
 def cfg_of(name: str) -> Cfg:
     """The settings a recorded velocity was made with."""
-    recorded = settings("velocity", name)
+    recorded = settings("bagel/velocity.npz", name)
     return Cfg(
         text_scale=recorded["cfg_text_scale"],
         image_scale=recorded["cfg_img_scale"],
@@ -60,7 +62,7 @@ def test_recorded_combinations(golden_checkpoint: Checkpoint, name: str) -> None
 def test_an_empty_context_has_rope_zero(golden_checkpoint: Checkpoint) -> None:
     """Without a system prompt nothing is left when the prompt goes; beside a chain that has one, too."""
     numbers, policy = golden("bagel/velocity.npz"), golden_checkpoint.policy
-    scale = float(meaning("velocity", "nothink_cfg4_v").split("cfg_text_scale=")[1].split(",")[0])
+    scale = float(meaning("bagel/velocity.npz", "nothink_cfg4_v").split("cfg_text_scale=")[1].split(",")[0])
     cfg = Cfg(text_scale=scale, interval=EVERYWHERE)
     system, prompt, think = recorded_ids()
     x, t = tensor(numbers["cfg_x"])[None], tensor(numbers["ts"][[1]])

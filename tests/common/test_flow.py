@@ -7,18 +7,31 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from golden_numbers import close, golden, tensors
+from golden_numbers import close, golden, named, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import flow
 from common.window import sample_window, sliding_window
 
-LEVELS = ("0.8", "0.7")
+STEPS = "flowgrpo/sde_steps.npz"
+LEVELS = named(STEPS, "sde_([0-9.]+)_mean")
 
 
 def steps() -> dict[str, torch.Tensor]:
-    return tensors("flowgrpo/sde_steps.npz")
+    return tensors(STEPS)
+
+
+def times(s: dict[str, torch.Tensor], step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """t and t_next of a recorded step, for each sample of its batch."""
+    t, t_next = s["sigmas"][step : step + 2]
+    return t.expand(s["x"].shape[1]), t_next.expand(s["x"].shape[1])
+
+
+def scales(s: dict[str, torch.Tensor], level: str) -> torch.Tensor:
+    """Deviation of each recorded SDE step [steps, batch]."""
+    std = s[f"sde_{level}_std"] * s[f"sde_{level}_sqrt_dt"]
+    return std[:, None].expand(s["x"].shape[:2])
 
 
 @pytest.mark.parametrize(("file", "name"), [("flowgrpo/sde_steps.npz", "sigmas"), ("bagel/ode.npz", "timesteps")])
@@ -54,7 +67,7 @@ def test_mean_std_and_sample_of_every_step(level: str) -> None:
     move = flow.sde_step(s["sigmas"][:-1], s["sigmas"][1:], float(level))
     close(move.std, s[f"sde_{level}_std"] * s[f"sde_{level}_sqrt_dt"])
     for step in range(len(s["x"])):
-        one = flow.sde_step(s["sigmas"][step].expand(2), s["sigmas"][step + 1].expand(2), float(level))
+        one = flow.sde_step(*times(s, step), float(level))
         mean = flow.mean_of(one, s["x"][step], s["v"][step])
         close(mean, s[f"sde_{level}_mean"][step])
         close(mean + one.std[:, None, None] * s["noise"][step], s[f"sde_{level}_prev"][step])
@@ -62,14 +75,10 @@ def test_mean_std_and_sample_of_every_step(level: str) -> None:
 
 
 def log_probs(level: str, which: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs [steps, 2] of the recorded samples under the recorded means, and std [steps]."""
+    """Log-probs of the recorded samples under the recorded means, and std, each [steps, batch]."""
     s = steps()
-    std = s[f"sde_{level}_std"] * s[f"sde_{level}_sqrt_dt"]
-    rows = [
-        flow.step_log_prob(s[f"sde_{level}_prev"][i], s[f"sde_{level}_{which}"][i], std[i].expand(2))
-        for i in range(len(std))
-    ]
-    return torch.stack(rows), std
+    std, samples, means = scales(s, level), s[f"sde_{level}_prev"], s[f"sde_{level}_{which}"]
+    return torch.stack([flow.step_log_prob(samples[i], means[i], std[i]) for i in range(len(std))]), std
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -80,7 +89,7 @@ def test_log_probs_of_every_step(level: str) -> None:
     close(found, s[f"sde_{level}_new_logp"])
     # flow_grpo's BAGEL path records the quadratic term alone.
     old, _ = log_probs(level, "mean")
-    constants = std.log() + 0.5 * np.log(2 * np.pi)
+    constants = std[:, 0].log() + 0.5 * np.log(2 * np.pi)
     close(old[:, 0] + constants, s[f"sde_{level}_bagel_logp"])
 
 
@@ -94,8 +103,9 @@ def test_log_prob_is_the_gaussian_density_averaged_over_dimensions() -> None:
 
 def test_no_noise_is_the_euler_step() -> None:
     s = steps()
-    move = flow.euler_step(s["sigmas"][7].expand(2), s["sigmas"][8].expand(2))
-    close(flow.mean_of(move, s["x"][7], s["v"][7]), s["ode7_prev"])
+    for step in map(int, named(STEPS, r"ode(\d+)_prev")):
+        move = flow.euler_step(*times(s, step))
+        close(flow.mean_of(move, s["x"][step], s["v"][step]), s[f"ode{step}_prev"])
     for sampler in flow.SAMPLERS.values():
         every = sampler.step(s["sigmas"][:-1], s["sigmas"][1:], 0.0)
         assert every.std.tolist() == [0.0] * len(every.std)
@@ -110,7 +120,7 @@ def test_flow_cps_of_every_step(level: str) -> None:
     move = cps.step(s["sigmas"][:-1], s["sigmas"][1:], float(level))
     close(move.std, s[f"cps_{level}_std"])
     for step in range(len(s["x"])):
-        one = cps.step(s["sigmas"][step].expand(2), s["sigmas"][step + 1].expand(2), float(level))
+        one = cps.step(*times(s, step), float(level))
         mean, new = (flow.mean_of(one, s["x"][step], s[v][step]) for v in ("v", "v_new"))
         sample = s[f"cps_{level}_prev"][step]
         close(mean, s[f"cps_{level}_mean"][step])
@@ -127,12 +137,12 @@ def test_dance_is_an_sde_of_constant_noise() -> None:
     """Its authors' form: mu = x + v dt - (eta^2 / 2) score dt with score = -(x - (1 - t) x_0) / t^2."""
     s, eta = {name: array.double() for name, array in steps().items()}, 0.3
     for step in range(len(s["x"])):
-        t, t_next, x, v = s["sigmas"][step], s["sigmas"][step + 1], s["x"][step], s["v"][step]
-        dt = t_next - t
+        x, v, (t, t_next) = s["x"][step], s["v"][step], times(s, step)
+        move = flow.SAMPLERS["dance"].step(t, t_next, eta)
+        close(move.std, eta * (t - t_next).sqrt(), atol=1e-7)
+        t, dt = t[:, None, None], (t_next - t)[:, None, None]
         score = -(x - (1 - t) * (x - t * v)) / t**2
-        move = flow.SAMPLERS["dance"].step(t.expand(2), t_next.expand(2), eta)
         close(flow.mean_of(move, x, v), x + v * dt - eta**2 / 2 * score * dt)
-        close(move.std, (eta * (-dt).sqrt()).expand(2), atol=1e-7)
 
 
 @given(
@@ -165,18 +175,9 @@ def test_the_closed_form_of_ratio_norm_holds_for_every_sampler(
 @pytest.mark.parametrize("level", LEVELS)
 def test_ratio_norm_equals_its_closed_form_and_the_recorded_ratio(level: str) -> None:
     s, guard = steps(), golden("flowgrpo/guard.npz")
-    std = s[f"sde_{level}_std"] * s[f"sde_{level}_sqrt_dt"]
-    found = torch.stack(
-        [
-            flow.ratio_norm_log(
-                s[f"sde_{level}_prev"][i],
-                s[f"sde_{level}_mean"][i],
-                s[f"sde_{level}_new_mean"][i],
-                std[i].expand(2),
-            )
-            for i in range(len(std))
-        ]
-    )
+    std = scales(s, level)
+    sample, old, new = (s[f"sde_{level}_{part}"] for part in ("prev", "mean", "new_mean"))
+    found = torch.stack([flow.ratio_norm_log(sample[i], old[i], new[i], std[i]) for i in range(len(std))])
     close(found, guard[f"identity_{level}_log_ratio"], atol=1e-8, rtol=1e-3)
     # The recorded ratio went through log-probs of size 1 to 5, and has their rounding.
     close(found.exp(), guard[f"rationorm_{level}_bs1_ratio"], atol=1e-6, rtol=0)
@@ -186,10 +187,8 @@ def test_ratio_norm_equals_its_closed_form_and_the_recorded_ratio(level: str) ->
 def test_ratio_norm_is_the_plain_ratio_without_bias_times_std(level: str) -> None:
     """s (log r + ||mu_old - mu||^2 / (2 s^2)), in fp64 through the definition."""
     s = {name: array.double() for name, array in steps().items()}
-    std = s[f"sde_{level}_std"] * s[f"sde_{level}_sqrt_dt"]
     new, old, sample = (s[f"sde_{level}_{part}"] for part in ("new_mean", "mean", "prev"))
-    for i in range(len(std)):
-        scale = std[i].expand(2)
+    for i, scale in enumerate(scales(s, level)):
         plain = flow.plain_log_ratio(sample[i], old[i], new[i], scale)
         bias = ((old[i] - new[i]) ** 2).mean((1, 2)) / (2 * scale**2)
         close(flow.ratio_norm_log(sample[i], old[i], new[i], scale), scale * (plain + bias), atol=1e-9, rtol=1e-9)
@@ -198,21 +197,20 @@ def test_ratio_norm_is_the_plain_ratio_without_bias_times_std(level: str) -> Non
 @pytest.mark.parametrize("level", LEVELS)
 def test_plain_ratio(level: str) -> None:
     s, guard = steps(), golden("flowgrpo/guard.npz")
-    std = s[f"sde_{level}_std"] * s[f"sde_{level}_sqrt_dt"]
-    for i in range(len(std)):
+    for i, std in enumerate(scales(s, level)):
         log_ratio = flow.plain_log_ratio(
-            s[f"sde_{level}_prev"][i], s[f"sde_{level}_mean"][i], s[f"sde_{level}_new_mean"][i], std[i].expand(2)
+            s[f"sde_{level}_prev"][i], s[f"sde_{level}_mean"][i], s[f"sde_{level}_new_mean"][i], std
         )
         close(log_ratio.exp(), guard[f"plain_{level}_bs1_ratio"][i], atol=3e-6, rtol=3e-6)
 
 
-def test_ratios_of_equal_policies_are_exactly_one() -> None:
+@pytest.mark.parametrize("level", LEVELS)
+def test_ratios_of_equal_policies_are_exactly_one(level: str) -> None:
     s = steps()
-    for i in range(len(s["x"])):
-        std = (s["sde_0.8_std"] * s["sde_0.8_sqrt_dt"])[i].expand(2)
-        mean, sample = s["sde_0.8_mean"][i], s["sde_0.8_prev"][i]
-        assert flow.ratio_norm_log(sample, mean, mean, std).exp().tolist() == [1.0, 1.0]
-        assert flow.plain_log_ratio(sample, mean, mean, std).exp().tolist() == [1.0, 1.0]
+    for i, std in enumerate(scales(s, level)):
+        mean, sample = s[f"sde_{level}_mean"][i], s[f"sde_{level}_prev"][i]
+        assert (flow.ratio_norm_log(sample, mean, mean, std).exp() == 1).all()
+        assert (flow.plain_log_ratio(sample, mean, mean, std).exp() == 1).all()
 
 
 def test_image_clip_scales_with_the_latent_size() -> None:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
-from golden_numbers import CHECKPOINT, GOLDEN, close, tensors
+from golden_numbers import CHECKPOINT, close, described, meaning, named, stated, tensors
 
 from common import flow
 from common.bagel import checkpoint as store
 from common.bagel.policy import BagelPolicy
 from learner.objective import image_objective
 
-ADVANTAGE, LEVEL = 1.7, 0.8
-CASES = {"onpolicy": (1.0, 1e-5), "scaled": (1.1, 1.0), "scaledclip": (1.1, 1e-5)}
-NAMES = json.loads((GOLDEN / "flowgrpo" / "README.json").read_text())["rollout.npz"]["grad_names"]
+FILE = "flowgrpo/rollout.npz"
+ABOUT = described("flowgrpo")["rollout.npz"]
+LEVEL = stated(ABOUT["what"], "noise")
+SHIFT = stated(ABOUT["what"], "shift")
 
 
 def quadratic(x_next: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
@@ -28,17 +27,26 @@ def policy() -> BagelPolicy:
     return store.load(CHECKPOINT).policy
 
 
-@pytest.mark.parametrize("case", CASES)
+def growth(case: str) -> float:
+    """What the generation expert was multiplied with before a case's replay."""
+    told = meaning(FILE, f"{case}_log_probs")
+    if "weights unchanged" in told:
+        return 1.0
+    return growth("scaled") if "same weights as scaled" in told else stated(told, "by")
+
+
+@pytest.mark.parametrize("case", named(FILE, "(.+)_policy_loss"))
 def test_replayed_window(policy: BagelPolicy, case: str) -> None:
-    """The rollout's numbers are the old policy; `scaled` is a policy whose generation expert has grown by a tenth."""
-    factor, clip = CASES[case]
-    numbers = tensors("flowgrpo/rollout.npz")
+    """The rollout's numbers are the old policy; `scaled` is a policy whose generation expert has grown."""
+    call = meaning(FILE, f"{case}_policy_loss")
+    factor, clip, advantage = growth(case), stated(call, "clip_range"), stated(call, "advantage")
+    numbers = tensors(FILE)
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
             if "_moe_gen" in name:
                 parameter.mul_(factor)
     rows, cols = store.load(CHECKPOINT).config.grid(*numbers["image_hw"].tolist())
-    times = torch.tensor(flow.timesteps(len(numbers["velocities"]) + 1, 3.0), dtype=torch.float32)
+    times = torch.tensor(flow.timesteps(len(numbers["velocities"]) + 1, SHIFT), dtype=torch.float32)
     first, size = int(numbers["window_begin"]), len(numbers["window_timesteps"])
     t, t_next = times[first : first + size], times[first + 1 : first + 1 + size]
     close(t, numbers["window_timesteps"], atol=1e-6)
@@ -55,13 +63,13 @@ def test_replayed_window(policy: BagelPolicy, case: str) -> None:
     close(log_ratio.exp(), numbers[f"{case}_ratio"], atol=1e-5)
 
     ones = torch.ones(size, 1)
-    found = image_objective(log_ratio[:, None], torch.full((size,), ADVANTAGE), 0 * ones, ones, "clip", clip)
+    found = image_objective(log_ratio[:, None], torch.full((size,), advantage), 0 * ones, ones, "clip", clip)
     close(found.loss.mean(), numbers[f"{case}_policy_loss"], atol=1e-5)
     ratio = numbers[f"{case}_ratio"]
     outside = [((ratio - 1).abs() > clip), ratio - 1 > clip, 1 - ratio > clip]
     close(torch.stack([part.float().mean() for part in outside]), numbers[f"{case}_clipfrac"], atol=1e-6)
 
-    parameters = {name: policy.get_parameter(f"language_model.{name}") for name in NAMES}
+    parameters = {name: policy.get_parameter(f"language_model.{name}") for name in ABOUT["grad_names"]}
     for step, loss in enumerate(found.loss):
         gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True)
         norms = torch.stack([gradient.norm() for gradient in gradients])

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from golden_numbers import close, golden, tensor, tensors
+from golden_numbers import close, golden, meaning, named, stated, tensor, tensors
 
 from common import flow
 from learner.objective import (
@@ -25,14 +25,15 @@ from learner.objective import (
     velocity_mse,
 )
 
-TEXT_CLIPS = [(0.2, 0.2), (0.2, 0.28), (0.01, 0.01)]
+TEXT = "flowgrpo/grpo_text.npz"
+TEXT_CLIPS = named(TEXT, "token-mean_(.+)_loss")
 AGGREGATIONS = {
     "seq-mean-token-mean": "chain_mean",
     "token-mean": "token_mean",
     "seq-mean-token-sum-norm": "constant_length",
 }
-HORIZON = 64
-LEVELS = ("0.8", "0.7")
+HORIZON = stated(meaning(TEXT, f"seq-mean-token-sum-norm_{TEXT_CLIPS[0]}_loss"), "horizon")
+LEVELS = named("flowgrpo/guard.npz", "rationorm_(.+)_bs1_loss")
 
 
 def text_loss(
@@ -70,7 +71,7 @@ def image_loss(
 
 def packed_text() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]:
     """new and old log-probs [P], advantage [C], owner [P], C."""
-    numbers = golden("flowgrpo/grpo_text.npz")
+    numbers = golden(TEXT)
     lengths = tensor(numbers["lengths"])
     owner = torch.arange(len(lengths)).repeat_interleave(lengths)
     new = tensor(numbers["new_logp"]).requires_grad_()
@@ -78,12 +79,12 @@ def packed_text() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tenso
 
 
 @pytest.mark.parametrize("recorded", AGGREGATIONS)
-@pytest.mark.parametrize(("low", "high"), TEXT_CLIPS)
-def test_recorded_text_losses_and_gradients(recorded: str, low: float, high: float) -> None:
-    numbers = golden("flowgrpo/grpo_text.npz")
+@pytest.mark.parametrize("clips", TEXT_CLIPS)
+def test_recorded_text_losses_and_gradients(recorded: str, clips: str) -> None:
+    numbers, (low, high) = golden(TEXT), map(float, clips.split("_"))
     new, old, advantage, owner, _ = packed_text()
     found = text_loss(new, old, advantage, owner, low, high, AGGREGATIONS[recorded])
-    case = f"{recorded}_{low}_{high}"
+    case = f"{recorded}_{clips}"
     close(found.loss.mean(), numbers[f"{case}_loss"], atol=1e-6)
     found.loss.mean().backward()
     close(new.grad, numbers[f"{case}_grad"], atol=1e-6)
@@ -195,11 +196,12 @@ def test_recorded_image_losses_and_gradients(
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_guard_losses(level: str) -> None:
-    """GRPO-Guard's script on every step: its clip is 3e-4, and its loss is divided by -dt, which is our re-weight
-    times the mean of 1/dt. Called over a batch, it gives all samples the batch's mean bias."""
+    """GRPO-Guard's script on every step: its loss is divided by -dt, which is our re-weight times the mean of 1/dt.
+    Called over a batch, it gives all samples the batch's mean bias."""
     s = tensors("flowgrpo/sde_steps.npz")
     guard = tensors("flowgrpo/guard.npz")
     bound = guard["adv_clip_max"].item()
+    clip = stated(meaning("flowgrpo/guard.npz", f"rationorm_{level}_bs1_loss"), "clip")
     std = s[f"sde_{level}_std"] * s[f"sde_{level}_sqrt_dt"]
     advantage = guard["advantages"].clamp(-bound, bound)
     steps, batch = advantage.shape
@@ -211,7 +213,7 @@ def test_guard_losses(level: str) -> None:
     weight = guard_weight(dt[None]) * (1 / dt.abs()).mean()
     for i in range(batch):
         surrogates = [
-            image_loss(log_ratio[:, i, None], advantage[:, i], 3e-4, weight=factor)
+            image_loss(log_ratio[:, i, None], advantage[:, i], clip, weight=factor)
             for log_ratio, factor in ((norm, weight.T), (plain, torch.ones(steps, 1)))
         ]
         for name, found in zip(("rationorm", "plain"), surrogates, strict=True):
@@ -222,7 +224,7 @@ def test_guard_losses(level: str) -> None:
     shared = norm + std[:, None] * (bias.mean(1, keepdim=True) - bias)
     for name, log_ratio, factor in (("rationorm", shared, weight.T), ("plain", plain, torch.ones(steps, 1))):
         close(log_ratio.exp(), guard[f"{name}_{level}_batch_ratio"], atol=3e-6, rtol=3e-6)
-        found = [image_loss(log_ratio[:, i, None], advantage[:, i], 3e-4, weight=factor).loss for i in range(batch)]
+        found = [image_loss(log_ratio[:, i, None], advantage[:, i], clip, weight=factor).loss for i in range(batch)]
         close(torch.stack(found).mean(0)[:, None], guard[f"{name}_{level}_batch_loss"], atol=1e-4, rtol=2e-5)
 
 

@@ -53,12 +53,12 @@ def contexts(checkpoint: Checkpoint, lengths: tuple[int, ...]) -> list[list[int]
 
 def recorded_cfg(name: str) -> Cfg:
     """Guidance of a recorded trajectory (off_x, cfg_x)."""
-    recorded = settings("ode", name)
+    recorded = settings("bagel/ode.npz", name)
     return Cfg(
         text_scale=recorded["cfg_text_scale"],
         image_scale=recorded["cfg_img_scale"],
         interval=recorded["cfg_interval"],
-        renorm=re.findall(r"cfg_renorm_type='(\w+)'", meaning("ode", name))[0],
+        renorm=re.findall(r"cfg_renorm_type='(\w+)'", meaning("bagel/ode.npz", name))[0],
     )
 
 
@@ -66,7 +66,7 @@ def recorded_cfg(name: str) -> Cfg:
 def test_ode_trajectory_and_image(golden_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """A window over all steps without noise is the ODE, and shows every state of it."""
     ode, velocity, config = golden("bagel/ode.npz"), golden("bagel/velocity.npz"), golden_checkpoint.config
-    shift = float(re.findall(r"timestep_shift=([\d.]+)", meaning("ode", "off_x"))[0])
+    shift = float(re.findall(r"timestep_shift=([\d.]+)", meaning("bagel/ode.npz", "off_x"))[0])
     denoiser, points = denoiser_for(golden_checkpoint, "bagel/ode.npz", 0.0, shift), len(ode["timesteps"])
     start = ode["init_noise"][None]
     noise = np.concatenate([start, np.ones((points - 1, *start.shape[1:]), np.float32)])
@@ -89,7 +89,7 @@ def test_ode_trajectory_and_image(golden_checkpoint: Checkpoint, monkeypatch: py
 def test_prompt_to_reasoning_to_guided_image(golden_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference's whole inference. It decodes and re-encodes the reasoning; a rollout keeps the sampled ids."""
     e2e, chat, policy = golden("bagel/e2e.npz"), golden_checkpoint.chat, golden_checkpoint.policy
-    what = described()["e2e.npz"]["what"]
+    what = described("bagel")["e2e.npz"]["what"]
     text_scale, image_scale = (float(x) for x in re.findall(r"(?:text|img) ([\d.]+\d)", what))
     points = int(re.findall(r"(\d+) timesteps", what)[0])
     system = golden("bagel/velocity.npz")["ctx_system_ids"].tolist()
@@ -101,7 +101,7 @@ def test_prompt_to_reasoning_to_guided_image(golden_checkpoint: Checkpoint, monk
             ids.append(int(policy.language_model.lm_head(hidden[-1]).argmax()))
     assert ids[-len(generated) :] == generated
     spoken = chat.tokenizer.decode(generated, skip_special_tokens=False).removeprefix("<|im_start|>")
-    assert spoken == described()["e2e.npz"]["text"]
+    assert spoken == described("bagel")["e2e.npz"]["text"]
     assert chat.wrap(spoken) == e2e["think_ids_fed_back"].tolist()
 
     context = [*system, *prompt, *chat.wrap(spoken)]
