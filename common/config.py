@@ -18,6 +18,7 @@ MOST_REQUESTS = 256  # of a reasoner, decoded at once
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 DType = Literal["float32", "bfloat16"]
@@ -30,7 +31,7 @@ class ConfigError(ValueError):
 class Section(BaseModel):
     """A part of the configuration. Unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class Resources(Section):
@@ -117,8 +118,8 @@ class Sampling(Section):
     """Longest reasoning, EOS included."""
     max_prompt_tokens: Count = 256
     """Longest prompt, system prompt and chat tokens included; bounds the reasoning engine's memory."""
-    temperature: Positive = 1.0
-    """Temperature of the reasoning; the policy's own distribution is 1."""
+    temperature: Annotated[float, Field(ge=0.01)] = 1.0
+    """Temperature of the reasoning; the policy's own distribution is 1, and vLLM samples from 0.01 on."""
     points: Annotated[int, Field(ge=2)] = 11
     """Time points of the training schedule; steps are one fewer."""
     shift: Positive = 3.0
@@ -184,7 +185,7 @@ class Objective(Section):
     """KL to the old policy's step, mean over latent dimensions, beyond which image_trust: kl stops an update that
     leads further away."""
     image_reweight: bool = False
-    """GRPO-Guard's re-weight: window steps count with 1/dt, scaled to mean 1 over the window."""
+    """GRPO-Guard's re-weight: window steps count with 1/dt, scaled to mean 1 over the window, as UniRL has it."""
     regulariser: Literal["velocity_mse", "latent_kl", "none"] = "velocity_mse"
     """R: mean ||v - v_ref||^2, the KL of the steps ||mu - mu_ref||^2 / (2 s^2), or nothing (and no reference)."""
     regulariser_weight: Positive = 1.5e-5
@@ -226,7 +227,7 @@ class Optimizer(Section):
     frozen: tuple[str, ...] = ()
     """What stays as it is: the groups reasoning or denoising, or patterns of parameter names such as
     "*.embed_tokens.*"; `--dry-run` prints which parameter falls where."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     """AdamW's betas."""
     weight_decay: NonNegative = 0.0
     """AdamW's weight decay."""
@@ -349,7 +350,7 @@ class Reward(Resources):
     name: str
     """Scorer's name, e.g. shapes or clip_score."""
     weight: float = 1.0
-    """Weight in the sum of rewards."""
+    """Weight in the sum of rewards; refl follows the learned scorer alone, whatever its weight above 0."""
     replicas: Count = 1
     """Actors of this scorer."""
     cpus: NonNegative = 0.2
@@ -375,7 +376,7 @@ class Evaluation(Section):
     """Time points of the evaluation schedule."""
     cfg: Cfg = Cfg()
     """Guidance of evaluation and `unigrpo generate`."""
-    seed: int = 1234
+    seed: Annotated[int, Field(ge=0)] = 1234
     """Seed of the evaluation's noise and sampling, the same for every checkpoint."""
     samples: Count = 14
     """Held-out prompts shown in the report."""

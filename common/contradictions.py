@@ -17,7 +17,7 @@ SECRET = re.compile(rf"(^|[^a-z])({'|'.join(_SECRETS)})$")
 def contradictions(config: TrainConfig) -> Iterator[str]:
     """Every contradiction, in the order in which they should be mended; of training only where there is any."""
     always = _window, _guidance, _replicas, _reasoner, _rewards
-    training = _noise, _batch, _learner, _objective, _refl, _rates, _groups
+    training = _noise, _one_guidance, _batch, _learner, _weights, _objective, _refl, _groups
     for check in (*always, *(training if config.steps else ())):
         yield from check(config)
 
@@ -59,12 +59,20 @@ def _noise(config: TrainConfig) -> Iterator[str]:
 
 
 def _guidance(config: TrainConfig) -> Iterator[str]:
-    training, evaluation = config.sampling.cfg, config.evaluation.cfg
-    for name, cfg in (("sampling", training), ("evaluation", evaluation)):
+    for name, cfg in (("sampling", config.sampling.cfg), ("evaluation", config.evaluation.cfg)):
         if cfg.image_scale > 1 and not cfg.enabled:
             yield f"{name}.cfg.image_scale is {cfg.image_scale:g} but {name}.cfg.text_scale is 1, which is no guidance"
         if not 0 <= cfg.interval[0] < cfg.interval[1] <= 1:
             yield f"{name}.cfg.interval is {list(cfg.interval)}; give 0 <= low < high <= 1"
+        if cfg.image_scale > 1 and not config.sampling.think:
+            yield (
+                f"{name}.cfg.image_scale is {cfg.image_scale:g} but sampling.think is false; there is no reasoning to "
+                "leave out of the context: set the scale to 1"
+            )
+
+
+def _one_guidance(config: TrainConfig) -> Iterator[str]:
+    training, evaluation = config.sampling.cfg, config.evaluation.cfg
     if training.enabled and not evaluation.enabled:
         yield (
             f"sampling.cfg.text_scale is {training.text_scale:g} but evaluation.cfg.text_scale is 1; a policy trained "
@@ -160,6 +168,12 @@ def _holds_secret(text: str) -> bool:
     return bool(parts.scheme and (parts.username or parts.password or asked))
 
 
+def _weights(config: TrainConfig) -> Iterator[str]:
+    if not any(scorer.weight for scorer in config.rewards):
+        names = ", ".join(scorer.name for scorer in config.rewards)
+        yield f"rewards has no scorer with a weight other than 0 ({names}), so all chains score alike; give one one"
+
+
 def _objective(config: TrainConfig) -> Iterator[str]:
     s, o = config.sampling, config.objective
     if not s.think and (o.text_weight or o.text_kl):
@@ -169,6 +183,11 @@ def _objective(config: TrainConfig) -> Iterator[str]:
         )
     if o.text_weight == 0 and o.image_weight == 0:
         yield "objective.text_weight and objective.image_weight are both 0; nothing would be trained"
+    if o.image_reweight and s.window_size == 1:
+        yield (
+            "objective.image_reweight is true but sampling.window_size is 1; it weighs the steps of a window against "
+            "each other: make the window larger or leave it out"
+        )
     if o.epochs > 1 and config.max_staleness:
         yield (
             f"objective.epochs is {o.epochs} but max_staleness is {config.max_staleness}; the old means of stale "
@@ -182,28 +201,14 @@ def _refl(config: TrainConfig) -> Iterator[str]:
         return
     if weight := config.objective.text_weight:
         yield f"objective.text_weight is {weight:g} but algorithm refl leaves the text alone; set it to 0"
-    if not any(scorer.weight for scorer in config.rewards if scorer.name == "shapes_learned"):
+    if not any(scorer.weight > 0 for scorer in config.rewards if scorer.name == "shapes_learned"):
         yield (
-            "algorithm is refl but rewards has no shapes_learned of a weight other than 0, whose gradient it follows; "
+            "algorithm is refl but rewards has no shapes_learned of a weight above 0, whose score it makes larger; "
             "add it"
         )
-
-
-def _rates(config: TrainConfig) -> Iterator[str]:
-    o, rates = config.objective, config.optimizer
-    if any(group.lr for group in rates.groups):
-        return
-    if not rates.lr_reasoning and not rates.lr_denoising:
-        yield "optimizer.lr_reasoning and optimizer.lr_denoising are both 0; nothing would be trained"
-    elif not rates.lr_reasoning and o.text_weight:
+    if rounds := config.data.refill_rounds:
         yield (
-            f"optimizer.lr_reasoning is 0 but objective.text_weight is {o.text_weight:g}, which trains nothing else; "
-            "raise the rate or set the weight to 0"
-        )
-    elif not rates.lr_denoising and o.image_weight and not o.image_grad_to_reasoning:
-        yield (
-            f"optimizer.lr_denoising is 0 but objective.image_weight is {o.image_weight:g} and image_grad_to_reasoning "
-            "is false, so it trains nothing; raise the rate or set the weight to 0"
+            f"data.refill_rounds is {rounds} but algorithm refl learns from groups that score alike, too; set it to 0"
         )
 
 

@@ -92,7 +92,7 @@ class Trackers:
     def __init__(self, config: TrainConfig, run: RunDirectory, resume_step: int | None = None) -> None:
         self._run = run
         if resume_step is not None:
-            run.truncate_metrics(resume_step)
+            run.rewind(resume_step)
         self._sinks: list[_Sink] = []
         self._closed = threading.Event()
         self._watcher: threading.Thread | None = None
@@ -117,7 +117,7 @@ class Trackers:
 
     def rewind(self, step: int) -> None:
         """Forgets `step` and later: the run goes back to a checkpoint and logs them again."""
-        self._run.truncate_metrics(step)
+        self._run.rewind(step)
         for sink in self._sinks:
             sink.rewind(step)
 

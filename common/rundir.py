@@ -254,10 +254,14 @@ class RunDirectory:
             rows.append(row)
         return rows
 
-    def truncate_metrics(self, step: int) -> None:
-        """Drops the rows of `step` and later, atomically, so that a resumed run writes each step once."""
+    def rewind(self, step: int) -> None:
+        """Forgets metrics and evaluations of what comes after the first `step` steps: a run that goes on from a
+        checkpoint writes each step once, and what was measured of lost weights is not taken for its own."""
         if self.metrics.exists():
             self._rewrite_metrics([row for row in self.read_metrics() if row["step"] < step])
+        for path in self.evaluations.glob("step-*"):
+            if (_step(path.stem) or 0) > step:
+                path.unlink()
 
     def read_evaluations(self) -> dict[int, dict[str, Any]]:
         """Evaluation results by step, in order of steps."""

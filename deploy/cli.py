@@ -229,9 +229,7 @@ def reproduce(
     overrides: Overrides = None,
     rows: Annotated[str, typer.Option(help="Rows, comma-separated; all without.")] = "",
     seeds: Annotated[str, typer.Option(help="Seeds, comma-separated.")] = "0,1,2",
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps of every training stage; the recipes' without.")
-    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of every training stage.")] = 240,
     out: Annotated[Path | None, typer.Option(help="Cells and figures; the page is OUT.md. docs/reproduction.")] = None,
 ) -> None:
     """Run the paper's rows and ablations, each in several seeds, and write the page that compares them; finished cells

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
@@ -54,6 +54,10 @@ class Sample:
     png: bytes = b""
     chain: int = 0
     ta: float = math.nan
+
+    @property
+    def scored(self) -> bool:
+        return not math.isnan(self.strict)
 
     @property
     def right(self) -> bool | None:
@@ -115,13 +119,14 @@ def summarise(
 
     Unscored images are counted in `unscored` and left out of everything else, never counted as wrong. The interval
     is the 95 % percentile bootstrap over prompts (10,000 resamples). `prompts` keeps the counts by prompt that
-    `compare` pairs.
+    `compare` pairs, of a prompt without a scored image too.
     """
-    scored = sorted((row for row in rows if not np.isnan(row.strict)), key=lambda row: (row.tag, row.prompt))
+    rows = sorted(rows, key=lambda row: (row.tag, row.prompt))
+    scored = [row for row in rows if row.scored]
     if not scored:
         raise ValueError(f"none of the {len(rows)} evaluated images was scored; see the reward actors' errors")
-    prompts = [_counts(list(of_prompt)) for _, of_prompt in groupby(scored, key=lambda row: (row.tag, row.prompt))]
-    by_tag = {tag: _tag_result(list(of_tag)) for tag, of_tag in groupby(prompts, key=lambda prompt: prompt["tag"])}
+    prompts = [_counts(list(of_prompt)) for _, of_prompt in groupby(rows, key=lambda row: (row.tag, row.prompt))]
+    by_tag = _by_tag(prompts)
     judged = [row for row in scored if row.reasoning_correct is not None]
     images = Counter((row.tag, row.prompt) for row in rows)
     return {
@@ -134,7 +139,7 @@ def summarise(
         "unscored": len(rows) - len(scored),
         "strict": _mean([row.strict for row in scored]),
         "strict_interval": _interval(_ratios(prompts, "strict", "images", seed)),
-        "task_mean": _mean([tag["strict"] for tag in by_tag.values()]),
+        "task_mean": _mean_of_tasks(by_tag),
         "ta": _mean([row.ta for row in scored]),
         "ta_interval": _interval(_ratios(prompts, "ta", "ta_images", seed)),
         "partial": _mean([row.partial for row in scored]),
@@ -146,13 +151,14 @@ def summarise(
 
 
 def compare(before: Result, after: Result, seed: int = 0) -> Result:
-    """Two results, on the prompts that both have. ValueError if they share none.
+    """Two results, on the prompts of which both have scored images. ValueError if they share none.
 
     Every headline gets {before, after, difference}; strict, ta and reasoning_accuracy also an `interval` of the
     difference, from a bootstrap over prompts in which both results see the same resample. by_tag holds the strict
-    accuracies. A number that one side lacks is None, and so is its difference.
+    accuracies. A number that one side lacks is None, and so is its difference. partial and image_given_reasoning,
+    which are not kept by prompt, are those of all prompts of each side.
     """
-    keyed = [{(p["tag"], p["prompt"]): p for p in result["prompts"]} for result in (before, after)]
+    keyed = [{(p["tag"], p["prompt"]): p for p in result["prompts"] if p["images"]} for result in (before, after)]
     common = [key for key in keyed[0] if key in keyed[1]]
     if not common:
         raise ValueError("the two evaluations have no prompt in common; compare runs of the same held-out file")
@@ -168,9 +174,11 @@ def compare(before: Result, after: Result, seed: int = 0) -> Result:
         result[key] = _difference(_ratio(first, hits, counts), _ratio(last, hits, counts))
         old, new = (_ratios(side, hits, counts, seed) for side in (first, last))
         result[key]["interval"] = None if old is None or new is None else _interval(new - old)
+    old_tags, new_tags = _by_tag(first), _by_tag(last)
+    result["task_mean"] = _difference(_mean_of_tasks(old_tags), _mean_of_tasks(new_tags))
     tags = {**before["by_tag"], **after["by_tag"]}
     result["by_tag"] = {
-        tag: _difference(*(side["by_tag"].get(tag, {}).get("strict") for side in (before, after))) for tag in tags
+        tag: _difference(*(side.get(tag, {}).get("strict") for side in (old_tags, new_tags))) for tag in tags
     }
     return result
 
@@ -204,10 +212,11 @@ def to_markdown(result: Result, before: Result | None = None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _counts(rows: list[Sample]) -> dict[str, Any]:
+def _counts(of_prompt: list[Sample]) -> dict[str, Any]:
+    rows = [row for row in of_prompt if row.scored]
     return {
-        "tag": rows[0].tag,
-        "prompt": rows[0].prompt,
+        "tag": of_prompt[0].tag,
+        "prompt": of_prompt[0].prompt,
         "images": len(rows),
         "strict": sum(row.strict for row in rows),
         "ta": sum(row.ta for row in rows if not np.isnan(row.ta)),
@@ -215,6 +224,15 @@ def _counts(rows: list[Sample]) -> dict[str, Any]:
         "judged": sum(row.reasoning_correct is not None for row in rows),
         "reasoning_correct": sum(row.reasoning_correct is True for row in rows),
     }
+
+
+def _by_tag(prompts: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Prompts in order of tags."""
+    return {tag: _tag_result(list(of_tag)) for tag, of_tag in groupby(prompts, key=lambda prompt: prompt["tag"])}
+
+
+def _mean_of_tasks(by_tag: Mapping[str, Any]) -> float | None:
+    return _mean([tag["strict"] for tag in by_tag.values() if tag["strict"] is not None])
 
 
 def _tag_result(prompts: list[dict[str, Any]]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from common.prompts import evenly
 from common.records import encode_png
 from common.rundir import replacing
 from common.shapes.reasoning import reasoning_correct
-from common.shapes.vocab import TAGS
+from common.shapes.score import is_scene
 from common.types import Group
 from deploy.evaluation import Sample, summarise, to_markdown
 from deploy.grid import sample_grid
@@ -37,7 +37,7 @@ def describe(groups: list[ray.ObjectRef], pictured: list[bool]) -> list[list[dic
 
 def _about(group: Group, pictures: bool) -> list[dict[str, Any]]:
     metadata = group.prompt.metadata
-    judged = metadata.get("tag") in TAGS
+    judged = is_scene(metadata)
     return [
         {
             "reasoning": chain.text.text,

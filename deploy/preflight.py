@@ -58,9 +58,10 @@ def check_inputs(config: TrainConfig, weights: bool = True) -> Inputs:
         check_image(config, model)
         check_guidance(config, model)
     check(config.rewards)
-    train = read_prompts(resolve_path(config.data.train))
+    # An evaluation needs no training prompts.
+    train = read_prompts(resolve_path(config.data.train)) if config.steps else []
     heldout = read_prompts(resolve_path(config.data.heldout))
-    if config.data.prompts_per_step > len(train):
+    if config.steps and config.data.prompts_per_step > len(train):
         raise ConfigError(
             f"data.prompts_per_step is {config.data.prompts_per_step} but {config.data.train} has {len(train)} prompts"
         )
@@ -72,11 +73,14 @@ def check_inputs(config: TrainConfig, weights: bool = True) -> Inputs:
 
 
 def check_parameters(config: TrainConfig, model: Outline) -> str:
-    """The table of parameter groups. ConfigError for optimizer.frozen and optimizer.groups, and for learner.lora."""
-    from common.parameters import choose, table
+    """The table of parameter groups. ConfigError for optimizer.frozen and optimizer.groups, for learner.lora, and for
+    an objective that would train nothing."""
+    from common.parameters import check_reached, choose, table
 
     policy = model.skeleton()
     choose(policy, config.learner, config.optimizer)
+    if config.steps:
+        check_reached(policy, config.optimizer, config.objective)
     return table(policy, config.optimizer)
 
 

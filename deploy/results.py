@@ -38,7 +38,8 @@ def tasks(runs: list[RunDirectory]) -> list[str]:
     pairs = [first_and_last(run) for run in runs]
     lines = ["| task | before | after |", "|---|---|---|"]
     for tag in pairs[0][0]["by_tag"]:
-        before, after = (np.mean([pair[side]["by_tag"][tag]["strict"] for pair in pairs]) for side in (0, 1))
+        sides = ([pair[side]["by_tag"][tag]["strict"] for pair in pairs] for side in (0, 1))
+        before, after = (np.mean([value for value in side if value is not None]) for side in sides)
         lines.append(f"| {tag} | {PERCENT.value(float(before))} | {PERCENT.value(float(after))} |")
     return lines
 

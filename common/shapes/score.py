@@ -148,6 +148,15 @@ def _check_entry(entry: object, where: str, index: int, keys: set[str]) -> None:
         raise ValueError(f"{where}.position has the index {position[1]!r}; point at an include entry before {index}")
 
 
+def is_scene(metadata: object) -> bool:
+    """Whether a prompt asks for what the shapes task can draw: GenEval's prompts have the same fields and tags."""
+    try:
+        validate_metadata(metadata)
+    except ValueError:
+        return False
+    return True
+
+
 def validate_metadata(metadata: object) -> None:
     """Check one prompt's metadata; ValueError names the first field that is wrong, its value and the remedy."""
     if type(metadata) is not dict:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel, ValidationError
 
 from common.config import ConfigError
 from common.rundir import dump_json, replacing
@@ -17,6 +18,31 @@ from deploy.evaluation import Result
 from deploy.reproduction.rows import ROWS, Plan, origin, trains
 
 Cell = dict[str, Any]
+
+
+class _Outcome(BaseModel):
+    """What the page needs of a cell's evaluation, by prompt."""
+
+    tags: list[str]
+    images: list[float]
+    strict: list[float]
+    ta: list[float]
+    ta_images: list[float]
+
+
+class _Cell(BaseModel):
+    """What a cell must have to be one."""
+
+    row: str
+    seed: int
+    origin: dict[str, Any]
+    minutes: float
+    wall_minutes: float
+    finished: str
+    machine: str
+    dtypes: list[str]
+    result: _Outcome
+    curves: dict[str, list[float | None]]
 
 
 @dataclass(frozen=True)
@@ -46,15 +72,20 @@ def write_cell(plan: Plan, cell: Cell) -> None:
 
 
 def read_cells(plan: Plan) -> Stored:
-    """ConfigError naming a file that is no cell."""
+    """ConfigError naming a file that is no cell, or not the one that its name says."""
     found: dict[str, list[Cell]] = {row: [] for row in ROWS}
     stale: dict[tuple[str, int], str] = {}
     for path in sorted((plan.out / "cells").glob("*.json")):
         try:
-            cell: Cell = json.loads(path.read_bytes())
-            row, seed, had = cell["row"], cell["seed"], cell["origin"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise ConfigError(f"{path} is not a cell ({error!r}); remove it, and it is run again") from error
+            read = _Cell.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            first = error.errors()[0]
+            problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".lstrip(": ")
+            raise ConfigError(f"{path} is not a cell ({problem}); remove it, and it is run again") from error
+        cell: Cell = json.loads(path.read_bytes())
+        row, seed, had = read.row, read.seed, read.origin
+        if path != cell_file(plan, row, seed):
+            raise ConfigError(f"{path} holds the cell {row} seed {seed}; remove it, or give it that cell's name")
         differs = [key for key, asked in origin(plan, row).items() if had.get(key) != asked] if row in ROWS else ["row"]
         if differs:
             stale[row, seed] = ", ".join(differs)

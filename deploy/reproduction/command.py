@@ -15,7 +15,7 @@ from common.recipe import load_config
 from common.rundir import RunDirectory
 from deploy.reproduction.cells import Cell, digest, minutes_left, missing, read_cells, rounded, write_cell
 from deploy.reproduction.page import write_page
-from deploy.reproduction.rows import Plan, origin, stages
+from deploy.reproduction.rows import Plan, dtypes, origin, stages
 
 CURVES = ("reward/mean", "reward/shapes/strict", "reward/shapes/ta")
 
@@ -72,7 +72,7 @@ def run_cell(plan: Plan, row: str, seed: int) -> Cell:
         "wall_minutes": round(max(minutes, (time.monotonic() - began) / 60), 2),
         "finished": time.strftime("%Y-%m-%d", time.gmtime()),
         "machine": machine(),
-        "dtypes": [configs[-1].learner.dtype, configs[-1].rollout.dtype],
+        "dtypes": dtypes(configs[-1]),
         "result": digest(results[-1]),
         "curves": {key: [rounded(line.get(key)) for line in metrics] for key in CURVES},
     }

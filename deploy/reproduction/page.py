@@ -67,17 +67,18 @@ def score(cells: Sequence[Cell], seed: int = 0) -> Score:
         # First the sample itself, then the resamples.
         seeds, weights = np.vstack([np.ones(len(cells)), drawn_seeds]), np.vstack([np.ones(prompts), drawn])
         sums = {name: np.einsum("rs,sp,rp->r", seeds, column, weights) for name, column in columns.items()}
-        by_task[task] = sums["strict"] / sums["images"]
-        ta_by_task[task] = sums["ta"] / np.maximum(sums["ta_images"], 1e-9)
+        # A prompt whose images all went unscored has none to count, and a resample of such prompts has no accuracy.
+        with np.errstate(invalid="ignore"):
+            by_task[task], ta_by_task[task] = sums["strict"] / sums["images"], sums["ta"] / sums["ta_images"]
         totals += sums["ta"], sums["ta_images"]
     tasks, ta_tasks = ({task: _estimate(values) for task, values in of.items()} for of in (by_task, ta_by_task))
     return Score(
-        _estimate(np.mean(list(by_task.values()), 0)), _estimate(totals[0] / totals[1]), tasks, ta_tasks, cells
+        _estimate(np.nanmean(list(by_task.values()), 0)), _estimate(totals[0] / totals[1]), tasks, ta_tasks, cells
     )
 
 
 def _estimate(values: NDArray[np.float64]) -> Estimate:
-    low, high = np.percentile(values[1:], [2.5, 97.5])
+    low, high = np.nanpercentile(values[1:], [2.5, 97.5])
     return Estimate(float(values[0]), float(low), float(high))
 
 

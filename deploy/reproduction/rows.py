@@ -15,6 +15,8 @@ from common.recipe import load_config
 from common.rundir import RunDirectory
 
 RUNS = "runs/reproduction"
+STEPS = 240
+"""Of every stage that trains, unless asked otherwise."""
 SCORING = {"name", "weight", "options"}
 """What makes a scorer's scores; the rest is how many actors it has and how long one waits for them."""
 LEARNED_REWARD = "common/shapes/data/learned.safetensors"
@@ -56,19 +58,19 @@ ROWS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run: rows, seeds, steps of every stage that trains (None: the recipe's; no more than the row's
-    most_steps), overrides of every recipe, and where the results go."""
+    """What to run: rows, seeds, steps of every stage that trains (no more than the row's most_steps), overrides of
+    every recipe, and where the results go."""
 
     rows: tuple[str, ...]
     seeds: tuple[int, ...]
-    steps: int | None
+    steps: int
     overrides: tuple[str, ...]
     out: Path
 
     @property
     def command(self) -> str:
         """How to ask for this again, whatever the rows and seeds."""
-        steps = [f"--steps {self.steps}"] if self.steps is not None else []
+        steps = [f"--steps {self.steps}"] if self.steps != STEPS else []
         return " ".join(["unigrpo reproduce", *self.overrides, *steps])
 
 
@@ -85,8 +87,7 @@ def settings(plan: Plan, row: str) -> list[TrainConfig]:
     configs = []
     for recipe in ROWS[row].recipes:
         config = load_config(recipe, ["max_minutes=0", *plan.overrides])
-        steps = plan.steps or config.steps
-        steps = min(steps, ROWS[row].most_steps or steps)
+        steps = min(plan.steps, ROWS[row].most_steps or plan.steps)
         # A row that is only evaluated stays so.
         if config.steps and steps != config.steps:
             config = load_config(recipe, ["max_minutes=0", *plan.overrides, f"steps={steps}"])
@@ -130,7 +131,8 @@ def stages(plan: Plan, row: str, seed: int) -> list[TrainConfig]:
     configs: list[TrainConfig] = []
     for number, config in enumerate(asked, start=1):
         recipes = ROWS[row].recipes[:number]
-        key = _hash(json.dumps(_origin(asked[:number]), sort_keys=True))[:8]
+        made_of = {**_origin(asked[:number]), "dtypes": dtypes(asked[number - 1])}
+        key = _hash(json.dumps(made_of, sort_keys=True))[:8]
         own = [f"run_name={'-then-'.join(recipes)}-seed{seed}", f"runs_dir={RUNS}/{key}", f"seed={seed}"]
         own += ["max_minutes=0", f"steps={config.steps}", "checkpoints.keep=1"]
         if configs:
@@ -139,6 +141,11 @@ def stages(plan: Plan, row: str, seed: int) -> list[TrainConfig]:
             own.append(f"model.path={policy}")
         configs.append(load_config(recipes[-1], [*plan.overrides, *own]))
     return configs
+
+
+def dtypes(config: TrainConfig) -> list[str]:
+    """What learner and rollout compute in, which is the machine's choice unless a recipe says otherwise."""
+    return [config.learner.dtype, config.rollout.dtype]
 
 
 def _matters(config: TrainConfig) -> dict[str, Any]:

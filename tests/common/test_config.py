@@ -75,19 +75,40 @@ def test_unknown_keys_are_named_with_the_closest_known_one(data: dict[str, Any],
                 "objective": {"text_weight": 0},
                 "rewards": [{"name": "shapes_learned", "weight": 0}, {"name": "shapes"}],
             },
-            ["rewards has no shapes_learned of a weight other than 0", "add it"],
+            ["rewards has no shapes_learned of a weight above 0", "add it"],
         ),
         (
-            {"optimizer": {"lr_reasoning": 0, "lr_denoising": 0}},
-            ["lr_reasoning and optimizer.lr_denoising are both 0", "nothing would be trained"],
+            {
+                "algorithm": "refl",
+                "objective": {"text_weight": 0},
+                "rewards": [{"name": "shapes_learned", "weight": -1}, {"name": "shapes"}],
+            },
+            ["rewards has no shapes_learned of a weight above 0", "add it"],
         ),
         (
-            {"optimizer": {"lr_reasoning": 0}},
-            ["optimizer.lr_reasoning is 0 but objective.text_weight is 1", "raise the rate"],
+            {
+                "algorithm": "refl",
+                "objective": {"text_weight": 0},
+                "rewards": [{"name": "shapes_learned"}],
+                "data": {"refill_rounds": 2},
+            },
+            ["data.refill_rounds is 2 but algorithm refl", "set it to 0"],
         ),
         (
-            {"optimizer": {"lr_denoising": 0}, "objective": {"image_grad_to_reasoning": False}},
-            ["optimizer.lr_denoising is 0 but objective.image_weight is 1", "raise the rate"],
+            {"rewards": [{"name": "shapes", "weight": 0}, {"name": "clip_score", "weight": 0}]},
+            ["no scorer with a weight other than 0 (shapes, clip_score)", "give one one"],
+        ),
+        (
+            {"sampling": {"window_size": 1}, "objective": {"image_reweight": True}},
+            ["image_reweight is true but sampling.window_size is 1", "make the window larger"],
+        ),
+        (
+            {
+                "sampling": {"think": False, "cfg": {"text_scale": 2, "image_scale": 2}},
+                "evaluation": {"cfg": {"text_scale": 2, "image_scale": 2}},
+                "objective": {"text_weight": 0},
+            },
+            ["sampling.cfg.image_scale is 2 but sampling.think is false", "set the scale to 1"],
         ),
         (
             {"sampling": {"noise_level": 0}, "objective": {"image_weight": 0, "regulariser": "latent_kl"}},
@@ -170,6 +191,8 @@ def test_arithmetic_that_does_not_work_out(data: dict[str, Any], words: list[str
 
 def test_what_is_only_evaluated_has_no_training_to_contradict() -> None:
     assert not load_config("shapes", ["steps=0", "sampling.think=false"]).sampling.think
+    # What was trained with guidance can be measured without.
+    assert not load_config("cfg", ["steps=0", "evaluation.cfg.text_scale=1"]).evaluation.cfg.enabled
 
 
 @pytest.mark.parametrize(
@@ -179,6 +202,12 @@ def test_what_is_only_evaluated_has_no_training_to_contradict() -> None:
         ({"sampling": {"temperature": 0}}, "sampling.temperature", "0"),
         ({"optimizer": {"lr_denoising": -1e-4}}, "optimizer.lr_denoising", "-0.0001"),
         ({"optimizer": {"lr_reasoning": float("nan")}}, "optimizer.lr_reasoning", "nan"),
+        ({"optimizer": {"lr_reasoning": float("inf")}}, "optimizer.lr_reasoning", "inf"),
+        ({"rewards": [{"name": "shapes", "weight": float("nan")}]}, "rewards.0.weight", "nan"),
+        ({"sampling": {"shift": float("inf")}}, "sampling.shift", "inf"),
+        ({"sampling": {"temperature": 0.001}}, "sampling.temperature", "0.001"),
+        ({"optimizer": {"betas": [1.5, 0.9]}}, "optimizer.betas.0", "1.5"),
+        ({"evaluation": {"seed": -1}}, "evaluation.seed", "-1"),
         ({"objective": {"advantage_std": "grup"}}, "objective.advantage_std", "'grup'"),
         ({"steps": "many"}, "steps", "'many'"),
         ({"rewards": []}, "rewards", "[]"),

@@ -103,12 +103,23 @@ def test_a_broken_line_in_the_middle_is_an_error(run: RunDirectory, broken: str)
 
 
 def test_truncation_drops_the_step_and_later(run: RunDirectory) -> None:
-    run.truncate_metrics(2)
+    run.rewind(2)
     assert not run.metrics.exists()
     for step in range(5):
         run.append_metrics({"step": step})
-    run.truncate_metrics(3)
+    run.rewind(3)
     assert [row["step"] for row in run.read_metrics()] == [0, 1, 2]
+
+
+def test_going_back_forgets_evaluations_of_lost_weights(run: RunDirectory) -> None:
+    for step in (0, 3, 4):
+        run.write_json(run.evaluation_file(step), {"step": step})
+        run.samples_file(step).write_bytes(b"")
+    run.rewind(3)
+    assert list(run.read_evaluations()) == [0, 3]
+    assert sorted(path.name for path in run.evaluations.iterdir()) == [
+        f"step-{step:06d}.{suffix}" for step in (0, 3) for suffix in ("json", "parquet")
+    ]
 
 
 def test_evaluations_are_read_in_order_of_steps(run: RunDirectory) -> None:

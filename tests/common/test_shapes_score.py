@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.shapes.detect import Detection
-from common.shapes.score import exam, partial, points, relations, strict, text_alignment, validate_metadata
+from common.shapes.score import exam, is_scene, partial, points, relations, strict, text_alignment, validate_metadata
 from common.shapes.vocab import COLORS, SHAPES
 
 
@@ -212,3 +212,10 @@ _GOOD = {"class": "circle", "count": 1}
 def test_bad_metadata_is_refused_by_name(metadata: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         validate_metadata(metadata)
+
+
+def test_prompts_of_geneval_are_no_scenes_of_this_task() -> None:
+    """They have its tags, but their reasoning cannot be judged."""
+    assert is_scene({"tag": "counting", "include": [{"class": "circle", "count": 2}]})
+    assert not is_scene({"tag": "counting", "include": [{"class": "dog", "count": 2}]})
+    assert not is_scene({"tag": "counting"})

@@ -97,16 +97,16 @@ def test_a_calm_run_has_no_problems(run: RunDirectory, config: TrainConfig) -> N
 Damage = Callable[[RunDirectory, TrainConfig], object]
 DAMAGE: dict[str, tuple[Damage, str]] = {
     "a step logged twice": (lambda run, _: run.append_metrics(row(STEPS - 1)), "not 0 to 2 once each"),
-    "a step missing": (lambda run, _: run.truncate_metrics(STEPS - 1), "not 0 to 2 once each"),
+    "a step missing": (lambda run, _: run.rewind(STEPS - 1), "not 0 to 2 once each"),
     "an update doubled": (
         lambda run, _: (
-            run.truncate_metrics(STEPS - 1),
+            run.rewind(STEPS - 1),
             run.append_metrics(row(STEPS - 1, **{"weights/version": STEPS + 1})),
         ),
         "missing or doubled",
     ),
     "a chain masked": (
-        lambda run, _: (run.truncate_metrics(2), run.append_metrics(row(2, **{"reward/masked_chains": 1}))),
+        lambda run, _: (run.rewind(2), run.append_metrics(row(2, **{"reward/masked_chains": 1}))),
         "left groups out",
     ),
     "groups trained twice": (lambda run, config: write_step(run, config, 2, of=1), "other groups than its own"),

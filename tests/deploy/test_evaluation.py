@@ -78,6 +78,15 @@ def test_unscored_images_are_counted_and_left_out() -> None:
     assert (result["unscored"], result["n_images"], result["images_per_prompt"]) == (1, 6, 3)
     assert result["strict"] == pytest.approx(0.5)
     assert result["reasoning_accuracy"] == pytest.approx(0.5)
+    # A prompt none of whose images was scored keeps its place among the prompts, and counts nowhere.
+    lost = [_sample("color", "d", math.nan, True, math.nan), _sample("lost", "e", math.nan, None, math.nan)]
+    result, whole = summarise([*ROWS, *lost], version=0), summarise(ROWS, version=0)
+    assert [prompt["images"] for prompt in result["prompts"]] == [2, 2, 0, 2, 0]
+    assert result["by_tag"]["lost"] == {"strict": None, "ta": None, "n_prompts": 1, "n_images": 0}
+    for key in ("strict", "task_mean", "partial", "reasoning_accuracy", "image_given_reasoning", "n_images"):
+        assert result[key] == whole[key]
+    assert compare(result, whole)["n_prompts"] == 3
+    assert ("lost", "–") in [row[:2] for row in table(result)]
     with pytest.raises(ValueError, match="none of the 1 evaluated images was scored"):
         summarise([_sample("count", "c", math.nan)], version=0)
 
@@ -126,7 +135,9 @@ def test_comparison_uses_the_common_prompts() -> None:
     change = compare(before, after)
     assert change["n_prompts"] == 1
     assert (change["strict"]["before"], change["strict"]["after"]) == (0.5, 0.5)
-    assert change["by_tag"]["new"] == {"before": None, "after": 1.0, "difference": None}
+    assert change["task_mean"] == {"before": 0.5, "after": 0.5, "difference": 0.0}
+    assert change["by_tag"]["color"] == {"before": 0.5, "after": 0.5, "difference": 0.0}
+    assert change["by_tag"]["new"] == {"before": None, "after": None, "difference": None}
     assert table(before, after)[-1] == ("new", "–", "100.0 %", "–")
     with pytest.raises(ValueError, match="no prompt in common"):
         compare(before, summarise([_sample("new", "z", 1)], version=1))

@@ -78,6 +78,14 @@ def test_more_prompts_per_step_than_there_are(tmp_path: Path) -> None:
         check_inputs(config_with(model={"path": str(CHECKPOINT), "height": 32, "width": 32}, data={"train": str(few)}))
 
 
+def test_an_evaluation_needs_no_training_prompts(tmp_path: Path) -> None:
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(TRAIN.read_text().splitlines(keepends=True)[:3]))
+    for train in (few, tmp_path / "none.jsonl"):
+        inputs = check_inputs(config_with(steps=0, data={"train": str(train), "heldout": str(few)}))
+        assert inputs.train == [] and len(inputs.heldout) == 3
+
+
 def test_description_says_the_arithmetic() -> None:
     text = describe(config_with(data={"prompts_per_step": 4, "group_size": 6}, objective={"epochs": 2}))
     assert "4 prompts x 6 chains = 24 chains per step" in text
@@ -139,3 +147,7 @@ def test_what_is_frozen_is_checked_and_shown() -> None:
     assert "  a, learning rate 1e-06: " in check_inputs(config_with(optimizer=named)).parameters
     with pytest.raises(ConfigError, match=r"groups\.0\.pattern is '\*embed_tokens\*', which fits no parameter"):
         check_inputs(config_with(optimizer=named, learner={"lora": {}}))
+    nothing = {"frozen": ["reasoning"]}
+    with pytest.raises(ConfigError, match=r"objective.text_weight is 1 but nothing that it reaches is trained"):
+        check_inputs(config_with(optimizer=nothing))
+    check_inputs(config_with(optimizer=nothing, steps=0))

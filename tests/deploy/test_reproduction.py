@@ -10,12 +10,11 @@ import pytest
 from PIL import Image
 
 from common.config import ConfigError
-from common.recipe import load_config
 from common.rundir import RunDirectory, dump_json
 from deploy.reproduction.cells import Cell, cell_file, minutes_left, missing, read_cells
 from deploy.reproduction.command import ReproductionError, reproduce, run_cell
 from deploy.reproduction.page import score, to_markdown, write_page
-from deploy.reproduction.rows import ROWS, TASKS, Plan, check_rows, origin, stages
+from deploy.reproduction.rows import ROWS, STEPS, TASKS, Plan, check_rows, default_out, origin, stages
 
 
 @pytest.fixture
@@ -68,6 +67,16 @@ def test_numbers_by_hand() -> None:
     second["result"]["tags"] = ["a", "b", "b"]
     with pytest.raises(ValueError, match="different prompts"):
         score([first, second])
+
+
+def test_prompts_without_scored_images_count_nowhere() -> None:
+    whole, lost = (_cell("unigrpo", seed, 0.5, prompts=4) for seed in (0, 1))
+    for cell, images in ((whole, [4, 4, 4, 4]), (lost, [4, 0, 4, 4])):
+        strict = [count and 2 for count in images]
+        cell["result"].update(tags=["a", "a", "b", "b"], images=images, strict=strict, ta=strict, ta_images=images)
+    found = score([whole, lost])
+    assert found.tasks["a"].mean == found.overall.mean == found.ta.mean == pytest.approx(0.5)
+    assert found.overall.low == found.overall.high == pytest.approx(0.5)
 
 
 def test_intervals_cover_seeds_and_prompts() -> None:
@@ -145,12 +154,12 @@ def test_every_row_resolves_and_later_stages_start_from_earlier_ones(tmp_path: P
         check_rows(["unigrp"])
 
 
-@pytest.mark.parametrize(("asked", "steps"), [(None, 140), (240, 140), (20, 20)])
-def test_a_row_may_need_fewer_steps_than_are_asked_for(plan: Plan, asked: int | None, steps: int) -> None:
+@pytest.mark.parametrize(("asked", "steps"), [(240, 140), (20, 20)])
+def test_a_row_may_need_fewer_steps_than_are_asked_for(plan: Plan, asked: int, steps: int) -> None:
     plan = replace(plan, steps=asked)
     assert ROWS["learned-none"].most_steps == 140
     assert [config.steps for config in stages(plan, "learned-none", 0)] == [steps]
-    assert [config.steps for config in stages(plan, "unigrpo", 0)] == [asked or load_config("shapes").steps]
+    assert [config.steps for config in stages(plan, "unigrpo", 0)] == [asked]
     assert [config.steps for config in stages(plan, "sft", 0)] == [0]
 
 
@@ -189,9 +198,33 @@ def test_a_stale_cell_is_named_not_counted_and_run_again(plan: Plan) -> None:
         'rewards=[{"name": "shapes", "replicas": 1}]',
     )
     assert read_cells(replace(plan, overrides=fewer)).stale == {}
-    (plan.out / "cells" / "odd.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"odd\.json is not a cell .*remove it"):
+
+
+def test_what_is_no_cell_is_named(plan: Plan) -> None:
+    good = _cell("unigrpo", 0, 0.5, plan)
+    file = cell_file(plan, "unigrpo", 0)
+    for cell, problem in (
+        ({key: value for key, value in good.items() if key != "curves"}, "curves: Field required"),
+        (good | {"origin": None}, "origin: Input should be"),
+        (good | {"result": good["result"] | {"tags": None}}, r"result\.tags: "),
+    ):
+        _store(plan, cell)
+        with pytest.raises(ConfigError, match=rf"{file.name} is not a cell \({problem}.*remove it"):
+            read_cells(plan)
+    file.write_text("{")
+    with pytest.raises(ConfigError, match=r"is not a cell .*remove it"):
         read_cells(plan)
+    _store(plan, good)
+    file.with_name("copy.json").write_bytes(file.read_bytes())
+    with pytest.raises(ConfigError, match=r"copy\.json holds the cell unigrpo seed 0; remove it"):
+        read_cells(plan)
+
+
+def test_the_committed_cells_are_those_of_the_command_without_options() -> None:
+    """Whatever this machine computes in; otherwise a call as the README has it would make them all again."""
+    plan = Plan(tuple(ROWS), (0, 1, 2), STEPS, (), default_out())
+    stored = read_cells(plan)
+    assert stored.stale == {} and stored.has("unigrpo", 0) and plan.command == "unigrpo reproduce"
 
 
 def test_time_left_goes_by_row_or_by_steps(plan: Plan) -> None:
@@ -220,7 +253,7 @@ def test_a_cell_that_fails_costs_no_other(plan: Plan, monkeypatch: pytest.Monkey
 
 def test_an_unfinished_run_of_other_settings_is_not_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UNIGRPO_HOME", str(tmp_path))
-    plan = Plan(("sft",), (0,), None, (), tmp_path)
+    plan = Plan(("sft",), (0,), STEPS, (), tmp_path)
     (config,) = stages(plan, "sft", 0)
     RunDirectory(config.directory).create("steps: 1\n")  # by hand: a directory is named after what is run in it
     with pytest.raises(ConfigError, match="is a run of other settings; remove it"):

@@ -8,9 +8,9 @@ from golden_numbers import CHECKPOINT
 
 from common.bagel import checkpoint as store
 from common.bagel.checkpoint import Checkpoint
-from common.config import ConfigError, Lora, Model, Optimizer, ParameterGroup
+from common.config import ConfigError, Lora, Model, Objective, Optimizer, ParameterGroup
 from common.lora import add_adapters
-from common.parameters import freeze, groups, rates, table
+from common.parameters import check_reached, freeze, groups, rates, table
 from common.policy import outline
 from learner.update import Updater
 
@@ -54,6 +54,45 @@ def test_what_cannot_be_frozen(patterns: list[str], words: str) -> None:
 def optimizer(*named: tuple[str, str, float], **fields: object) -> Optimizer:
     entries = tuple(ParameterGroup(name=name, pattern=pattern, lr=lr) for name, pattern, lr in named)
     return Optimizer(groups=entries, **fields)  # type: ignore[arg-type]
+
+
+TEXT, IMAGE = {"image_weight": 0.0}, {"text_weight": 0.0}
+CUT = {"image_grad_to_reasoning": False}
+
+
+@pytest.mark.parametrize(
+    ("fields", "objective", "unreached"),
+    [
+        ({}, {}, None),
+        ({"lr_reasoning": 0.0}, {}, "text_weight is 1"),
+        ({"lr_reasoning": 0.0}, IMAGE, None),
+        ({"lr_reasoning": 0.0}, IMAGE | {"text_kl": 0.1}, "text_kl is 0.1"),
+        ({"lr_denoising": 0.0}, {}, None),
+        ({"lr_denoising": 0.0}, CUT, "image_weight is 1"),
+        ({"frozen": ("reasoning",)}, {}, "text_weight is 1"),
+        ({"frozen": ("denoising",)}, IMAGE | CUT, "image_weight is 1"),
+        ({"frozen": ("denoising",)}, TEXT | CUT, None),
+        ({"frozen": ("reasoning",), "lr_denoising": 0.0}, IMAGE, "image_weight is 1"),
+    ],
+)
+def test_an_objective_that_would_train_nothing_is_refused(
+    fields: dict[str, object], objective: dict[str, float | bool], unreached: str | None
+) -> None:
+    policy, rates_of = store.load(CHECKPOINT).policy, Optimizer.model_validate(fields)
+    freeze(policy, rates_of.frozen)
+    if unreached is None:
+        return check_reached(policy, rates_of, Objective.model_validate(objective))
+    with pytest.raises(ConfigError, match=f"objective.{unreached} but nothing that it reaches is trained .*set the w"):
+        check_reached(policy, rates_of, Objective.model_validate(objective))
+
+
+def test_a_group_of_the_other_half_does_not_train_this_one() -> None:
+    policy = store.load(CHECKPOINT).policy
+    elsewhere = optimizer(("times", "*time_embedder*", 1e-4), lr_reasoning=0.0, lr_denoising=0.0)
+    with pytest.raises(ConfigError, match=r"objective.text_weight is 1 .*\(reasoning: "):
+        check_reached(policy, elsewhere, Objective())
+    check_reached(policy, elsewhere, Objective(text_weight=0.0))
+    check_reached(policy, optimizer(("head", "*lm_head*", 1e-4), lr_reasoning=0.0), Objective())
 
 
 def test_the_first_pattern_that_fits_has_a_parameter_and_the_halves_have_the_rest() -> None:

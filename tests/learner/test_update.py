@@ -109,14 +109,15 @@ def test_a_reference_on_the_host_answers_as_it_was_and_leaves_the_policy_alone(
         reference(batch)
 
 
+@pytest.mark.parametrize("image_grad", [True, False])
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_first_gradient_is_that_of_reinforce(
-    golden_checkpoint: Checkpoint, chains: list[Chain], policy: BagelPolicy, zero_stage: int
+    golden_checkpoint: Checkpoint, chains: list[Chain], policy: BagelPolicy, zero_stage: int, image_grad: bool
 ) -> None:
-    wanted = reinforce(policy, golden_checkpoint, chains, ADVANTAGES, image_weight=0.5, text_weight=2.0)
-    updater = Watched(
-        policy, train_config(regulariser="none", image_weight=0.5, text_weight=2.0), lr=0.0, zero_stage=zero_stage
-    )
+    weights = {"image_weight": 0.5, "text_weight": 2.0}
+    wanted = reinforce(policy, golden_checkpoint, chains, ADVANTAGES, image_grad=image_grad, **weights)
+    config = train_config(regulariser="none", image_grad_to_reasoning=image_grad, **weights)
+    updater = Watched(policy, config, lr=0.0, zero_stage=zero_stage)
     sums = updater.run([[micro_batch(golden_checkpoint, chains, ADVANTAGES)]], [COUNT])
     same_gradients(updater.gradients[0], wanted)
     for role, pairs in policy.parameter_groups().items():
@@ -137,7 +138,8 @@ def test_micro_batches_add_up_to_the_same_gradient(
 def test_epochs_and_minibatches_are_optimizer_steps(
     golden_checkpoint: Checkpoint, chains: list[Chain], policy: BagelPolicy
 ) -> None:
-    """Two passes over two parts: four steps, each with the gradient of its part alone."""
+    """Two passes over two parts: four steps, each with the gradient of its part alone. The rates are 0, so that the
+    old policy, of a pass without gradient or of an earlier one, must be exactly the gradient pass's own."""
     wanted = [reinforce(policy, golden_checkpoint, chains[i : i + 3], ADVANTAGES[i : i + 3]) for i in (0, 3)]
     updater = Watched(policy, train_config(regulariser="none", epochs=2, minibatches=2), lr=0.0)
     parts = [[micro_batch(golden_checkpoint, chains[i : i + 3], ADVANTAGES[i : i + 3])] for i in (0, 3)]
@@ -145,6 +147,10 @@ def test_epochs_and_minibatches_are_optimizer_steps(
     assert sums["count/step"] == updater.engine.steps == 4
     for found, one in zip(updater.gradients, wanted * 2, strict=True):
         same_gradients(found, one)
+    for sums in updater.losses[:-1]:
+        assert sums["sum/text/ratio"] == sums["count/token"] > 0
+        assert sums["sum/image/ratio"] == sums["count/window"] == 3 * WINDOW
+        assert sums["sum/image/log_ratio_abs"] == 0.0
 
 
 def test_a_filler_adds_nothing(golden_checkpoint: Checkpoint, chains: list[Chain], policy: BagelPolicy) -> None:

@@ -55,10 +55,18 @@ def reinforce(
     advantages: list[float],
     image_weight: float = 1.0,
     text_weight: float = 1.0,
+    image_grad: bool = True,
 ) -> dict[str, torch.Tensor]:
     """Gradient of the mean over chains of -A (mean log p of tokens + mean over steps of s log p of the step), one
-    chain after the other and without any ratio. At ratio 1, RatioNorm's gradient is s times the log-prob's."""
+    chain after the other and without any ratio. At ratio 1, RatioNorm's gradient is s times the log-prob's.
+    image_grad: whether the image's part of it reaches the reasoning half."""
     policy.zero_grad()
+    reached = [
+        parameter
+        for role, pairs in policy.parameter_groups().items()
+        for _, parameter in pairs
+        if image_grad or role == "denoising"
+    ]
     for chain, advantage in zip(chains, advantages, strict=True):
         prompt, ids = chain.text.prompt_ids.tolist(), chain.text.ids.tolist()
         text = checkpoint.chat.context_ids(prompt, ids)
@@ -71,8 +79,8 @@ def reinforce(
             move = flow.sde_step(t, t_next, 0.7)
             mean = flow.mean_of(move, x, policy.velocity(x, t, context, image.grid))
             steps.append(move.std * flow.step_log_prob(x_next, mean, move.std))
-        objective = text_weight * logp + image_weight * torch.cat(steps).mean()
-        (-advantage * objective / len(chains)).backward()
+        (-advantage * text_weight * logp / len(chains)).backward()
+        (-advantage * image_weight * torch.cat(steps).mean() / len(chains)).backward(inputs=reached)
     found = {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
     policy.zero_grad()
     return found
