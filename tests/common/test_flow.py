@@ -52,7 +52,7 @@ def test_number_of_steps() -> None:
 
 
 @given(points=st.integers(2, 200), shift=st.floats(0.05, 20))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_schedule_runs_from_exactly_one_to_exactly_zero(points: int, shift: float) -> None:
     """A first time just below 1 would make the first step's noise explode."""
     times = flow.timesteps(points, shift)
@@ -152,7 +152,7 @@ def test_dance_is_an_sde_of_constant_noise() -> None:
     level=st.floats(0.05, 0.95),
     seed=st.integers(0, 2**32),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_the_closed_form_of_ratio_norm_holds_for_every_sampler(
     name: str, t: float, part: float, level: float, seed: int
 ) -> None:
@@ -227,7 +227,7 @@ def test_a_clip_below_the_resolution_of_fp32_is_refused(setting: float | str, si
 
 
 @given(seed=st.integers(0, 2**63), size=st.integers(1, 6), low=st.integers(0, 6), room=st.integers(0, 6))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_window_lies_in_its_range(seed: int, size: int, low: int, room: int) -> None:
     high = low + size + room
     first, length = sample_window(seed, size, (low, high), steps=high)
@@ -250,7 +250,7 @@ def test_a_window_beyond_the_schedule() -> None:
 
 
 @given(size=st.integers(1, 6), low=st.integers(0, 6), room=st.integers(0, 6), moves=st.integers(0, 30))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_sliding_window_moves_through_its_range_and_stays(size: int, low: int, room: int, moves: int) -> None:
     span = (low, low + size + room)
     assert sliding_window(0, size, span) == (low, size)

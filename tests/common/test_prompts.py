@@ -109,7 +109,7 @@ def test_order_is_a_function_of_the_step_only() -> None:
 
 
 @given(count=st.integers(1, 30), per_step=st.integers(1, 12), seed=st.integers(0, 2**32))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_every_prompt_comes_once_per_pass(count: int, per_step: int, seed: int) -> None:
     order = PromptOrder(some_prompts(count), per_step, seed)
     taken = [prompt.id for step in range(2 * count) for prompt in order.batch(step)]

@@ -17,7 +17,7 @@ from learner.update import share_out
     minibatches=st.integers(1, 3),
     micro=st.integers(1, 7),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_every_contributing_chain_is_dealt_exactly_once(
     mask: list[list[bool]], ranks: int, minibatches: int, micro: int
 ) -> None:
