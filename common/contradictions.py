@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, urlsplit
 
 if TYPE_CHECKING:
-    from common.config import TrainConfig
+    from common.config import Objective, TrainConfig
 
 _SECRETS = "(api|access|private)?key", "token", "secret", "pass(word|wd|phrase)", "credentials?", "auth(orization)?"
 SECRET = re.compile(rf"(^|[^a-z])({'|'.join(_SECRETS)})$")
@@ -17,7 +17,7 @@ SECRET = re.compile(rf"(^|[^a-z])({'|'.join(_SECRETS)})$")
 def contradictions(config: TrainConfig) -> Iterator[str]:
     """Every contradiction, in the order in which they should be mended; of training only where there is any."""
     always = _window, _guidance, _replicas, _reasoner, _rewards
-    training = _noise, _one_guidance, _batch, _learner, _weights, _objective, _refl, _groups
+    training = _noise, _one_guidance, _batch, _learner, _weights, _objective, _refl, _rates, _groups
     for check in (*always, *(training if config.steps else ())):
         yield from check(config)
 
@@ -210,6 +210,26 @@ def _refl(config: TrainConfig) -> Iterator[str]:
         yield (
             f"data.refill_rounds is {rounds} but algorithm refl learns from groups that score alike, too; set it to 0"
         )
+
+
+def _rates(config: TrainConfig) -> Iterator[str]:
+    rates = config.optimizer
+    if not rates.groups:  # with groups, the policy's parameters decide
+        halves = {"reasoning": rates.lr_reasoning, "denoising": rates.lr_denoising}
+        yield from unreached(config.objective, {half for half, rate in halves.items() if rate} - {*rates.frozen})
+
+
+def unreached(objective: Objective, trained: Collection[str], image_trains_reasoning: bool = True) -> Iterator[str]:
+    """Objectives with a weight that reach no half of the policy of which something is trained."""
+    by_image = image_trains_reasoning and objective.image_grad_to_reasoning
+    text, image = ("reasoning",), ("denoising", *(["reasoning"] if by_image else []))
+    for field, halves in (("text_weight", text), ("text_kl", text), ("image_weight", image)):
+        weight = getattr(objective, field)
+        if weight and not any(half in trained for half in halves):
+            yield (
+                f"objective.{field} is {weight:g} but nothing that it reaches is trained ({' and '.join(halves)}: "
+                "optimizer.frozen, or learning rates of 0); train some of it, or set the weight to 0"
+            )
 
 
 def _groups(config: TrainConfig) -> Iterator[str]:

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from common.config import ConfigError, Learner, Objective, Optimizer
+from common.contradictions import unreached
 from common.policy import Policy
 
 
@@ -70,14 +71,8 @@ def check_reached(policy: Policy, optimizer: Optimizer, objective: Objective) ->
     rate = rates(optimizer)
     moving = {name for group, pairs in groups(policy, optimizer).items() if rate[group] for name, _ in pairs}
     trained = {half for half, pairs in policy.parameter_groups().items() if any(name in moving for name, _ in pairs)}
-    text, image = ("reasoning",), ("denoising", *(["reasoning"] if objective.image_grad_to_reasoning else []))
-    for field, halves in (("text_weight", text), ("text_kl", text), ("image_weight", image)):
-        weight = getattr(objective, field)
-        if weight and trained.isdisjoint(halves):
-            raise ConfigError(
-                f"objective.{field} is {weight:g} but nothing that it reaches is trained ({' and '.join(halves)}: "
-                "optimizer.frozen, or learning rates of 0); train some of it, or set the weight to 0"
-            )
+    for problem in unreached(objective, trained, policy.image_trains_reasoning):
+        raise ConfigError(problem)
 
 
 def table(policy: Policy, optimizer: Optimizer) -> str:

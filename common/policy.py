@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +64,9 @@ def score_logits(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> t
 
 class Policy(nn.Module, ABC):
     """Text log-probs and velocities from one set of weights. M images of N latent tokens with D numbers."""
+
+    image_trains_reasoning: ClassVar[bool] = True
+    """Whether a gradient goes from an image into what read its text."""
 
     @property
     @abstractmethod

@@ -91,9 +91,13 @@ def _number(value: str) -> str | float:
         return value
 
 
-def load_config(recipe: str, overrides: list[str] | None = None) -> TrainConfig:
-    """Recipe plus overrides, validated. ConfigError names the field, the value and the remedy."""
-    return validate(apply_overrides(read_recipe(recipe), overrides or []))
+def load_config(recipe: str, overrides: list[str] | None = None, model: dict[str, Any] | None = None) -> TrainConfig:
+    """Recipe plus overrides, validated. ConfigError names the field, the value and the remedy. model: what takes the
+    place of the recipe's fields of the model before the overrides, such as a path that is not to be read as YAML."""
+    data = read_recipe(recipe)
+    if model:
+        data["model"] = {**(data.get("model") or {}), **model}
+    return validate(apply_overrides(data, overrides or []))
 
 
 def validate(data: dict[str, Any]) -> TrainConfig:

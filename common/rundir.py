@@ -183,6 +183,11 @@ class RunDirectory:
             raise
         return self
 
+    def configure(self, config_yaml: str) -> None:
+        """What the run goes on with, such as more steps, takes the place of what it began with."""
+        with replacing(self.config) as aside:
+            aside.write_text(config_yaml, encoding="utf-8")
+
     @contextmanager
     def owned(self) -> Iterator[None]:
         """Nobody else trains in this directory meanwhile. ConfigError if somebody does; the end of a process, a kill

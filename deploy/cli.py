@@ -6,10 +6,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -138,8 +139,9 @@ def evaluate(
     from deploy.session import open_evaluation
 
     # The time makes the name new, so that a checkpoint can be evaluated again.
-    name = f"run_name=eval-{Path(model).resolve().name}-{datetime.now():%Y%m%d-%H%M%S}"
-    config = load_config(recipe, [name, *_model(model), *(overrides or []), "steps=0"])
+    called = re.sub(r"[^A-Za-z0-9._-]", "-", Path(model).resolve().name)[:70]
+    name = f"run_name=eval-{called}-{datetime.now():%Y%m%d-%H%M%S}"
+    config = load_config(recipe, [name, *(overrides or []), "steps=0"], _model(model))
     with open_evaluation(config) as session:
         result = run_evaluation(session, step=0)
     table, grid = write_outcome(session, 0, result)
@@ -148,12 +150,12 @@ def evaluate(
         typer.echo(str(path))
 
 
-def _model(path: str) -> list[str]:
-    """Overrides that make a checkpoint the model; one that holds its own pipeline takes the place of the recipe's."""
+def _model(path: str) -> dict[str, Any]:
+    """What makes a checkpoint the model; one that holds its own pipeline takes the place of the recipe's."""
     from common.composed.source import INDEX, PIPELINE
 
     own = (Path(path) / PIPELINE / INDEX).is_file()
-    return [f"model.path={path}", *(["model.pipeline=null"] if own else [])]
+    return {"path": path, **({"pipeline": None} if own else {})}
 
 
 @app.command()
@@ -169,7 +171,7 @@ def generate(
     """Reason about a prompt and draw it."""
     from deploy.generate import run_generate
 
-    run_generate(load_config(recipe, _model(model)), prompt, number, out, seed, image)
+    run_generate(load_config(recipe, model=_model(model)), prompt, number, out, seed, image)
 
 
 @app.command()
@@ -182,7 +184,7 @@ def answer(
     """Answer a question about an image."""
     from deploy.generate import run_answer
 
-    typer.echo(run_answer(load_config(recipe, _model(model)), question, image))
+    typer.echo(run_answer(load_config(recipe, model=_model(model)), question, image))
 
 
 @app.command()
@@ -236,13 +238,15 @@ def reproduce(
     are kept, and a cell that was cut short goes on."""
     from deploy.reproduction.command import ReproductionError
     from deploy.reproduction.command import reproduce as run
-    from deploy.reproduction.rows import Plan, check_rows, default_out
+    from deploy.reproduction.rows import Plan, check_out, check_overrides, check_rows, default_out
 
     numbers = seeds.split(",")
     if not all(number.strip().isdigit() for number in numbers):
         raise ConfigError(f"--seeds is {seeds!r}; give numbers such as 0,1,2")
     chosen = check_rows([row.strip() for row in rows.split(",") if row.strip()])
-    plan = Plan(chosen, tuple(map(int, numbers)), steps, tuple(overrides or ()), out or default_out())
+    plan = Plan(
+        chosen, tuple(map(int, numbers)), steps, check_overrides(overrides or ()), check_out(out or default_out())
+    )
     try:
         typer.echo(str(run(plan, typer.echo)))
     except ReproductionError as error:

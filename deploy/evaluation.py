@@ -137,14 +137,14 @@ def summarise(
         "images_per_prompt": max(images.values()),
         "n_images": len(scored),
         "unscored": len(rows) - len(scored),
-        "strict": _mean([row.strict for row in scored]),
+        "strict": mean([row.strict for row in scored]),
         "strict_interval": _interval(_ratios(prompts, "strict", "images", seed)),
         "task_mean": _mean_of_tasks(by_tag),
-        "ta": _mean([row.ta for row in scored]),
+        "ta": mean([row.ta for row in scored]),
         "ta_interval": _interval(_ratios(prompts, "ta", "ta_images", seed)),
-        "partial": _mean([row.partial for row in scored]),
-        "reasoning_accuracy": _mean([float(row.reasoning_correct is True) for row in judged]),
-        "image_given_reasoning": _mean([row.strict for row in judged if row.reasoning_correct]),
+        "partial": mean([row.partial for row in scored]),
+        "reasoning_accuracy": mean([float(row.reasoning_correct is True) for row in judged]),
+        "image_given_reasoning": mean([row.strict for row in judged if row.reasoning_correct]),
         "by_tag": by_tag,
         "prompts": prompts,
     }
@@ -208,7 +208,8 @@ def to_markdown(result: Result, before: Result | None = None) -> str:
     rows = table(before, result) if before else [row[:2] for row in table(result)]
     header = ("", "before", "after", "difference") if before else ("", "result")
     lines = [f"{result['n_prompts']} prompts x {result['images_per_prompt']} images", ""]
-    lines += ["| " + " | ".join(cells) + " |" for cells in (header, ("---",) * len(header), *rows)]
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    lines += ["| " + " | ".join(cells) + " |" for cells in (header, ("---",) * len(header), *escaped)]
     return "\n".join(lines) + "\n"
 
 
@@ -232,7 +233,7 @@ def _by_tag(prompts: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _mean_of_tasks(by_tag: Mapping[str, Any]) -> float | None:
-    return _mean([tag["strict"] for tag in by_tag.values() if tag["strict"] is not None])
+    return mean([tag["strict"] for tag in by_tag.values() if tag["strict"] is not None])
 
 
 def _tag_result(prompts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -244,7 +245,8 @@ def _tag_result(prompts: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _mean(values: Sequence[float]) -> float | None:
+def mean(values: Sequence[float]) -> float | None:
+    """Of those that are numbers; None if none is."""
     known = [value for value in values if not np.isnan(value)]
     return float(np.mean(known)) if known else None
 

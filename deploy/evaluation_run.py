@@ -79,7 +79,7 @@ def evaluate(session: EvaluationSession, step: int) -> dict[str, Any]:
         for chain, about in enumerate(details[place]):
             rows.append(
                 Sample(
-                    tag=str(prompt.metadata.get("tag", "")),
+                    tag=str(prompt.metadata.get("tag") or "untagged"),
                     prompt=prompt.text,
                     strict=float(strict[place, chain]),
                     partial=float(partial[place, chain]),

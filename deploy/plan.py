@@ -193,13 +193,13 @@ def _rollout_time(config: TrainConfig, sizes: Sizes, device: Device, tokens: int
 
 
 def _update_time(config: TrainConfig, sizes: Sizes, device: Device, tokens: int | None) -> float:
-    """Forward and backward of every epoch, the old policy's pass where there are several steps, the reference's."""
+    """Forward and backward of every epoch, the old policy's pass over minibatches after the first, the reference's."""
     learner, objective = config.learner, config.objective
     chain = chain_shape(config, sizes, tokens)
     forward = sizes.read_flops(chain.text, chain.scored) + chain.window * sizes.draw_flops(chain.image, chain.text)
     # Forward, gradients of what a layer takes, those of its weights unless they are frozen, forward again.
-    passes = objective.epochs * (2 + (not learner.lora) + learner.activation_checkpointing)
-    passes += (objective.epochs * objective.minibatches > 1) + objective.uses_reference
+    passes: float = objective.epochs * (2 + (not learner.lora) + learner.activation_checkpointing)
+    passes += 1 - 1 / objective.minibatches + objective.uses_reference
     return config.chains_per_step / learner.ranks * passes * forward / _rate(device)
 
 

@@ -134,10 +134,11 @@ def _story(config: dict[str, Any], rows: list[Row], before: Result | None, after
             "there is no evaluation after training yet"
         )
     else:
-        told, name, change = unit(before, "strict"), headlines(before)["strict"], compare(before, after)["strict"]
+        told, name, versus = unit(before, "strict"), headlines(before)["strict"], compare(before, after)
+        change = versus["strict"]
         low, high = map(told.change, change["interval"])
         parts.append(
-            f"{name} on {after['n_prompts']} held-out prompts was {told.value(change['before'])} before training and "
+            f"{name} on {versus['n_prompts']} held-out prompts was {told.value(change['before'])} before training and "
             f"{told.value(change['after'])} after it, a difference of {told.change(change['difference'])}"
             f"{' points' if told is PERCENT else ''} (95 % interval {low} to {high})"
         )

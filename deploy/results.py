@@ -5,10 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import numpy as np
-
 from common.rundir import RunDirectory
-from deploy.evaluation import HEADLINES, PERCENT, Result, compare
+from deploy.evaluation import HEADLINES, PERCENT, Result, compare, mean
 
 
 def first_and_last(run: RunDirectory) -> tuple[Result, Result]:
@@ -39,8 +37,8 @@ def tasks(runs: list[RunDirectory]) -> list[str]:
     lines = ["| task | before | after |", "|---|---|---|"]
     for tag in pairs[0][0]["by_tag"]:
         sides = ([pair[side]["by_tag"][tag]["strict"] for pair in pairs] for side in (0, 1))
-        before, after = (np.mean([value for value in side if value is not None]) for side in sides)
-        lines.append(f"| {tag} | {PERCENT.value(float(before))} | {PERCENT.value(float(after))} |")
+        before, after = (mean([value for value in side if value is not None]) for side in sides)
+        lines.append(f"| {tag} | {PERCENT.value(before)} | {PERCENT.value(after)} |")
     return lines
 
 

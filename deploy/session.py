@@ -18,7 +18,7 @@ from common.events import event, journal
 from common.metrics import Trackers
 from common.policy import directories
 from common.prompts import PromptOrder
-from common.recipe import to_yaml
+from common.recipe import load_config, to_yaml
 from common.rundir import RunDirectory, replacing
 from common.runtime import check_answers, check_versions, one_line, versions
 from common.types import Prompt
@@ -130,6 +130,13 @@ def _last_checkpoint(config: TrainConfig, run: RunDirectory) -> tuple[Path | Non
                 f"none of the checkpoints in {run.checkpoints} is whole; restore one, or start a new run: "
                 "this one would begin at step 0"
             )
+        # A checkpoint is whole by the time that the next is due, or the run waits for it.
+        done, every = len(run.read_metrics()), config.checkpoints.every
+        if every and done > 2 * every:
+            raise ConfigError(
+                f"{run.checkpoints} holds no checkpoint although {done} steps are done; restore one, or start a new "
+                "run: this one would begin at step 0"
+            )
         return None, 0
     checkpoint, state = found
     if run_checkpoint.identity(directories(config.model)) != state["reference"]:
@@ -151,6 +158,8 @@ def open_session(config: TrainConfig, resume: bool = False) -> Iterator[Session]
             stack.enter_context(run.open().owned())
             run.clear_partial()
             checkpoint, first = _last_checkpoint(config, run)
+            begun = load_config(str(run.config))
+            run.configure(to_yaml(config.model_copy(update={"runs_dir": begun.runs_dir, "run_name": begun.run_name})))
         elif run.path.exists():
             raise ConfigError(f"{run.path} exists already; give another run_name, or --resume to continue that run")
         progress = stack.enter_context(Progress(config.steps, first))

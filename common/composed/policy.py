@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,8 @@ class ComposedBatch:
 
 class ComposedPolicy(Policy):
     """`reasoner.*` under transformers' names, `transformer.*` under diffusers'."""
+
+    image_trains_reasoning: ClassVar[bool] = False
 
     def __init__(self, reasoner: nn.Module, transformer: nn.Module, family: Family) -> None:
         super().__init__()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from common.config import ConfigError
 from common.rundir import dump_json, replacing
@@ -29,6 +29,21 @@ class _Outcome(BaseModel):
     ta: list[float]
     ta_images: list[float]
 
+    @model_validator(mode="after")
+    def _alike(self) -> _Outcome:
+        lengths = {name: len(getattr(self, name)) for name in type(self).model_fields}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"its columns differ in length: {lengths}")
+        return self
+
+
+class _Curves(BaseModel):
+    """The curves that the page draws."""
+
+    rewards: list[float | None] = Field(alias="reward/mean")
+    strict: list[float | None] = Field(alias="reward/shapes/strict")
+    ta: list[float | None] = Field(alias="reward/shapes/ta")
+
 
 class _Cell(BaseModel):
     """What a cell must have to be one."""
@@ -42,7 +57,7 @@ class _Cell(BaseModel):
     machine: str
     dtypes: list[str]
     result: _Outcome
-    curves: dict[str, list[float | None]]
+    curves: _Curves
 
 
 @dataclass(frozen=True)
@@ -86,13 +101,24 @@ def read_cells(plan: Plan) -> Stored:
         row, seed, had = read.row, read.seed, read.origin
         if path != cell_file(plan, row, seed):
             raise ConfigError(f"{path} holds the cell {row} seed {seed}; remove it, or give it that cell's name")
-        differs = [key for key, asked in origin(plan, row).items() if had.get(key) != asked] if row in ROWS else ["row"]
+        differs = _differs(plan, row, had)
         if differs:
             stale[row, seed] = ", ".join(differs)
         else:
             found[row].append(cell)
     cells = {row: sorted(of_row, key=lambda cell: cell["seed"]) for row, of_row in found.items() if of_row}
     return Stored(cells, stale)
+
+
+def _differs(plan: Plan, row: str, had: Mapping[str, Any]) -> list[str]:
+    """In what a cell's origin is another than the plan's for its row."""
+    if row not in ROWS:
+        return ["row"]
+    try:
+        asked = origin(plan, row)
+    except ConfigError:  # the overrides contradict this row's recipe, and were never what made its cells
+        return ["recipe"]
+    return [key for key, value in asked.items() if had.get(key) != value]
 
 
 def missing(plan: Plan, stored: Stored) -> list[tuple[str, int]]:

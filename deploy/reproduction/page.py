@@ -122,7 +122,7 @@ def write_page(plan: Plan, stored: Stored) -> Path:
         )
         for name, of in FIGURES.items()
     }
-    page = plan.out.with_suffix(".md")
+    page = plan.out.with_name(f"{plan.out.name}.md")
     with replacing(page) as aside:
         aside.write_text(to_markdown(plan, stored, [name for name, path in drawn.items() if path]), encoding="utf-8")
     return page
@@ -142,7 +142,7 @@ def to_markdown(plan: Plan, stored: Stored, figures: Sequence[str]) -> str:
         "",
         *_overall(scores),
         "",
-        *_budgets(plan),
+        *_budgets(plan, stored),
         *_gaps(plan, stored),
         "",
         *_findings(scores),
@@ -195,11 +195,16 @@ def _overall(scores: Mapping[str, Score]) -> list[str]:
     return _table(header, lines)
 
 
-def _budgets(plan: Plan) -> list[str]:
+def _shown(plan: Plan, stored: Stored) -> tuple[str, ...]:
+    """Rows that were asked for or have cells; overrides may contradict the recipes of others."""
+    return tuple(row for row in ROWS if row in plan.rows or row in stored.cells)
+
+
+def _budgets(plan: Plan, stored: Stored) -> list[str]:
     """What is not alike in the rows beside what their names say: more than one stage, and guidance of evaluation."""
     lines = []
-    for row, about in ROWS.items():
-        configs = settings(plan, row)
+    for row in _shown(plan, stored):
+        about, configs = ROWS[row], settings(plan, row)
         trained = [config.steps for config in configs if config.steps]
         if len(trained) > 1:
             lines.append(f"- {about.title}: {' + '.join(map(str, trained))} = {sum(trained)} steps in all.")
@@ -211,8 +216,8 @@ def _budgets(plan: Plan) -> list[str]:
 
 
 def _gaps(plan: Plan, stored: Stored) -> list[str]:
-    """Cells that are missing or stale, of all rows and of every seed that was asked for or is there."""
-    whole = replace(plan, rows=tuple(ROWS), seeds=tuple(sorted({*plan.seeds, *stored.seeds})))
+    """Cells that are missing or stale, of every row and seed that was asked for or is there."""
+    whole = replace(plan, rows=_shown(plan, stored), seeds=tuple(sorted({*plan.seeds, *stored.seeds})))
     absent: dict[str, list[str]] = {row: [] for row in ROWS}
     for row, seed in missing(whole, stored):
         absent[row].append(str(seed))

@@ -82,6 +82,23 @@ def check_rows(rows: Sequence[str]) -> tuple[str, ...]:
     return tuple(rows) or tuple(ROWS)
 
 
+def check_overrides(overrides: Sequence[str]) -> tuple[str, ...]:
+    """What is set in all rows. ConfigError for what a row or its cells have of their own."""
+    own = {"steps": "--steps", "seed": "--seeds", "run_name": "--out", "runs_dir": "--out", "max_minutes": "--steps"}
+    for override in overrides:
+        if option := own.get(override.partition("=")[0]):
+            raise ConfigError(f"{override}: cells have names, seeds and lengths of their own; use {option}")
+    return tuple(overrides)
+
+
+def check_out(out: Path) -> Path:
+    """Where the results go, absolute. ConfigError for a directory beside which no page can be written."""
+    out = out.absolute()
+    if not out.name or out.name == "..":
+        raise ConfigError(f"--out is {out}; give a directory with a name, which the page beside it takes")
+    return out
+
+
 def settings(plan: Plan, row: str) -> list[TrainConfig]:
     """The resolved recipes of a row's stages, before anything is said of seeds and directories."""
     configs = []
@@ -135,11 +152,13 @@ def stages(plan: Plan, row: str, seed: int) -> list[TrainConfig]:
         key = _hash(json.dumps(made_of, sort_keys=True))[:8]
         own = [f"run_name={'-then-'.join(recipes)}-seed{seed}", f"runs_dir={RUNS}/{key}", f"seed={seed}"]
         own += ["max_minutes=0", f"steps={config.steps}", "checkpoints.keep=1"]
+        start = None
         if configs:
             before = configs[-1]
-            policy = RunDirectory(before.directory).checkpoint(before.steps) / "policy"
-            own.append(f"model.path={policy}")
-        configs.append(load_config(recipes[-1], [*plan.overrides, *own]))
+            start = {"path": str(RunDirectory(before.directory).checkpoint(before.steps) / "policy")}
+        # A later stage starts where the one before ended, whatever checkpoint the overrides name.
+        overrides = [pair for pair in plan.overrides if not (start and pair.startswith("model.path="))]
+        configs.append(load_config(recipes[-1], [*overrides, *own], start))
     return configs
 
 
@@ -149,8 +168,8 @@ def dtypes(config: TrainConfig) -> list[str]:
 
 
 def _matters(config: TrainConfig) -> dict[str, Any]:
-    """The settings that make the result: not names, nor how many actors there are and what they keep, nor the compute
-    type, which is the machine's; a cell says which it had."""
+    """The settings that make the result: not names, nor how many actors there are and what they keep, nor a compute
+    type that is the machine's choice; a cell says which it had."""
     told = config.model_dump(mode="json", exclude_defaults=True)
     for name in ("run_name", "runs_dir", "seed", "steps", "max_minutes", "rollout", "recording", "checkpoints"):
         told.pop(name, None)
@@ -161,7 +180,12 @@ def _matters(config: TrainConfig) -> dict[str, Any]:
     told.pop("rewards", None)
     if rewards != [scorer.model_dump(include=SCORING) for scorer in usual]:
         told["rewards"] = rewards
-    return {**told, "model": model, "lora": lora}
+    asked = {
+        name: section.dtype
+        for name, section in (("learner", config.learner), ("rollout", config.rollout))
+        if "dtype" in section.model_fields_set
+    }
+    return {**told, "model": model, "lora": lora, **({"dtypes": asked} if asked else {})}
 
 
 def _start(model: Model) -> str:

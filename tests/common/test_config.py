@@ -78,6 +78,14 @@ def test_unknown_keys_are_named_with_the_closest_known_one(data: dict[str, Any],
             ["rewards has no shapes_learned of a weight above 0", "add it"],
         ),
         (
+            {"optimizer": {"lr_reasoning": 0, "lr_denoising": 0}},
+            ["objective.text_weight is 1 but nothing that it reaches is trained (reasoning:", "set the weight to 0"],
+        ),
+        (
+            {"optimizer": {"frozen": ["denoising"]}, "objective": {"image_grad_to_reasoning": False}},
+            ["objective.image_weight is 1 but nothing that it reaches is trained (denoising:"],
+        ),
+        (
             {
                 "algorithm": "refl",
                 "objective": {"text_weight": 0},

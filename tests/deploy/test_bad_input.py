@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from common.config import REPOSITORY
+from common.recipe import load_config, to_yaml
+from common.rundir import RunDirectory
 from deploy import cli
 
 MODEL = REPOSITORY / "deploy" / "models" / "shapes"
@@ -99,6 +101,22 @@ def test_too_few_cpus(monkeypatch, capsys, tmp_path: Path) -> None:
 
 def test_resume_of_what_is_not_a_run(monkeypatch, capsys, tmp_path: Path) -> None:
     assert str(tmp_path) in attempt(monkeypatch, capsys, "train", "--resume", str(tmp_path))
+
+
+def test_resume_without_the_checkpoints_that_a_run_had(monkeypatch, capsys, tmp_path: Path) -> None:
+    """It would begin again and forget what was measured."""
+    run = RunDirectory(tmp_path / "mine").create(to_yaml(load_config("shapes", ["checkpoints.every=2"])))
+    for step in range(5):
+        run.append_metrics({"step": step})
+    run.write_json(run.evaluation_file(4), {})
+    error = attempt(monkeypatch, capsys, "train", "--resume", str(run.path))
+    assert "checkpoints holds no checkpoint although 5 steps are done; restore one" in error
+    assert len(run.read_metrics()) == 5 and run.evaluation_file(4).exists()
+
+
+@pytest.mark.parametrize("name", ["my model", "2026", "ckpt #2", "a: b", "x" * 120])
+def test_a_checkpoints_name_is_taken_as_it_is(monkeypatch, capsys, name: str) -> None:
+    assert f"{name} does not exist" in attempt(monkeypatch, capsys, "eval", name)
 
 
 def test_unknown_recipe_suggests_the_known_one(monkeypatch, capsys) -> None:

@@ -158,6 +158,11 @@ def test_what_no_scorer_calls_right_or_wrong_is_no_accuracy() -> None:
     assert "Strict accuracy" not in to_markdown(after)
 
 
+def test_a_bar_in_a_task_does_not_break_the_table() -> None:
+    text = to_markdown(summarise([_sample("a|b", "p", 1)], version=0))
+    assert "| a\\|b | 100.0 % |" in text
+
+
 def test_markdown_has_every_row_and_column() -> None:
     before, after = summarise(ROWS, version=0), summarise(_with(ROWS, strict=1.0), version=1)
     alone = to_markdown(before)

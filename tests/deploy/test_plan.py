@@ -183,9 +183,11 @@ def test_time_follows_rates_and_work(sizes: BagelSizes) -> None:
     faster = step_time(validate(GPU_RUN), sizes, replace(device, tflops=2 * device.tflops))
     assert faster.drawing == pytest.approx(base.drawing / 2)
     assert faster.update == pytest.approx(base.update / 2)
-    again = step_time(validate({**GPU_RUN, "objective": {"epochs": 2}}), sizes, device)
-    # Forward, backward and reference are 4 forwards' worth; a second epoch adds 3 and the pass of the old policy.
-    assert again.update == pytest.approx(base.update * 8 / 4)
+    # Forward, backward and reference are 4 forwards' worth; a second epoch adds 3, and a second minibatch the pass of
+    # the old policy over its half.
+    for objective, forwards in (({"epochs": 2}, 7), ({"minibatches": 2}, 4.5), ({"epochs": 2, "minibatches": 2}, 7.5)):
+        again = step_time(validate({**GPU_RUN, "objective": objective}), sizes, device)
+        assert again.update == pytest.approx(base.update * forwards / 4)
     ranks = validate({**GPU_RUN, "learner": {**GPU_RUN["learner"], "ranks": 2}})
     assert step_time(ranks, sizes, device).update == pytest.approx(base.update / 2)
 

@@ -14,7 +14,18 @@ from common.rundir import RunDirectory, dump_json
 from deploy.reproduction.cells import Cell, cell_file, minutes_left, missing, read_cells
 from deploy.reproduction.command import ReproductionError, reproduce, run_cell
 from deploy.reproduction.page import score, to_markdown, write_page
-from deploy.reproduction.rows import ROWS, STEPS, TASKS, Plan, check_rows, default_out, origin, stages
+from deploy.reproduction.rows import (
+    ROWS,
+    STEPS,
+    TASKS,
+    Plan,
+    check_out,
+    check_overrides,
+    check_rows,
+    default_out,
+    origin,
+    stages,
+)
 
 
 @pytest.fixture
@@ -181,23 +192,52 @@ def test_a_stale_cell_is_named_not_counted_and_run_again(plan: Plan) -> None:
         assert stored.cells == {"unigrpo": [good]}
         assert missing(plan, stored) == [("unigrpo", 1)]
         assert f"not counted: unigrpo seed 1 (another {key})." in to_markdown(plan, stored, [])
-    # Other steps and other settings make all of them stale; how many actors there are, and what they compute in, not.
+    # Other steps and other settings make all of them stale; how many actors there are does not.
     _store(plan, good, other)
     for changes, stale in (
         ({"steps": 20}, "steps"),
         ({"overrides": ("data.group_size=4",)}, "recipe"),
         ({"overrides": ("model.path=tests/golden/ckpt",)}, "start"),
+        # A compute type that is asked for is a setting; without that it is the machine's.
+        ({"overrides": ("learner.dtype=bfloat16",)}, "recipe"),
     ):
         assert set(read_cells(replace(plan, **changes)).stale.values()) == {stale}
         assert stages(replace(plan, **changes), "unigrpo", 0)[0].runs_dir != stages(plan, "unigrpo", 0)[0].runs_dir
     fewer = (
         "rollout.replicas=1",
         "learner.ranks=1",
-        "learner.dtype=bfloat16",
-        "rollout.dtype=bfloat16",
         'rewards=[{"name": "shapes", "replicas": 1}]',
     )
     assert read_cells(replace(plan, overrides=fewer)).stale == {}
+
+
+def test_overrides_that_contradict_a_row_stop_it_alone(plan: Plan) -> None:
+    """The page is written of the rows that were asked for; a cell of the other row is stale, not an error."""
+    _store(plan, _cell("unigrpo", 0, 0.5, plan), _cell("cfg", 0, 0.5, plan))
+    other = replace(plan, rows=("unigrpo",), seeds=(0,), overrides=("evaluation.cfg.text_scale=4",))
+    stored = read_cells(other)
+    assert stored.stale == {("unigrpo", 0): "recipe", ("cfg", 0): "recipe"}
+    assert missing(other, stored) == [("unigrpo", 0)]
+    cell = _cell("unigrpo", 0, 0.5, other)
+    _store(other, cell)
+    text = to_markdown(other, read_cells(other), [])
+    assert f"{score([cell]).overall}" in text and "- UniGRPO: UniGRPO, evaluated with text scale 4" in text
+    with pytest.raises(ConfigError, match=r"sampling.cfg.text_scale is 2.0 but evaluation.cfg.text_scale is 4.0"):
+        reproduce(replace(other, rows=("unigrpo", "cfg")))
+
+
+@pytest.mark.parametrize("override", ["steps=20", "seed=3", "run_name=mine", "runs_dir=/tmp/x", "max_minutes=5"])
+def test_what_cells_have_of_their_own_is_no_override(override: str) -> None:
+    with pytest.raises(ConfigError, match=f"{override}: cells have .* use --"):
+        check_overrides(["data.group_size=4", override])
+
+
+@pytest.mark.parametrize("name", ["page", "page.1", "page.2"])
+def test_the_page_lies_beside_its_directory(plan: Plan, tmp_path: Path, name: str) -> None:
+    plan = replace(plan, out=check_out(tmp_path / name))
+    assert write_page(plan, read_cells(plan)) == tmp_path / f"{name}.md"
+    with pytest.raises(ConfigError, match="--out is /; give a directory with a name"):
+        check_out(Path("/"))
 
 
 def test_what_is_no_cell_is_named(plan: Plan) -> None:
@@ -207,6 +247,8 @@ def test_what_is_no_cell_is_named(plan: Plan) -> None:
         ({key: value for key, value in good.items() if key != "curves"}, "curves: Field required"),
         (good | {"origin": None}, "origin: Input should be"),
         (good | {"result": good["result"] | {"tags": None}}, r"result\.tags: "),
+        (good | {"result": good["result"] | {"ta": [1.0]}}, "result: .*its columns differ in length"),
+        (good | {"curves": {}}, r"curves\.reward/mean: Field required"),
     ):
         _store(plan, cell)
         with pytest.raises(ConfigError, match=rf"{file.name} is not a cell \({problem}.*remove it"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from chains import changed, make_chains, make_engine, micro_batch, snapshot, train_config
 from golden_numbers import CHECKPOINT
@@ -84,6 +86,22 @@ def test_an_objective_that_would_train_nothing_is_refused(
         return check_reached(policy, rates_of, Objective.model_validate(objective))
     with pytest.raises(ConfigError, match=f"objective.{unreached} but nothing that it reaches is trained .*set the w"):
         check_reached(policy, rates_of, Objective.model_validate(objective))
+
+
+def test_a_composed_policys_image_does_not_reach_its_language_model(tiny_models: Path) -> None:
+    policy = outline(Model(path=str(tiny_models / "qwen2"), pipeline=str(tiny_models / "sd3"))).skeleton()
+    check_reached(policy, Optimizer(), Objective())
+    with pytest.raises(ConfigError, match=r"objective.image_weight is 1 .*\(denoising: "):
+        check_reached(policy, Optimizer(lr_denoising=0.0), Objective())
+
+
+def test_adapters_are_reached_too() -> None:
+    policy = store.load(CHECKPOINT).policy
+    add_adapters(policy, Lora(rank=2, target_modules=("q_proj", "q_proj_moe_gen")))
+    check_reached(policy, Optimizer(), Objective())
+    freeze(policy, ["*.q_proj.lora_*"])
+    with pytest.raises(ConfigError, match=r"objective\.text_weight is 1"):
+        check_reached(policy, Optimizer(), Objective())
 
 
 def test_a_group_of_the_other_half_does_not_train_this_one() -> None:
