@@ -228,6 +228,7 @@ def test_a_killed_run_resumes_as_if_it_had_not_stopped(whole: RunDirectory, tmp_
     resume = [UNIGRPO, "train", "--resume", str(killed.path)]
     output = run([*resume, "rollout.replicas=2", "rollout.transport=collective"])
     assert f"report: {killed.report}" in output and killed.report.exists()
+    assert load_config(str(killed.config)).rollout.transport == "collective", "what it went on with"
     expected, got = whole.read_metrics(), killed.read_metrics()
     assert [row["step"] for row in got] == [0, 1, 2]
     for wanted, found in zip(expected, got, strict=True):
