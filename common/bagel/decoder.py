@@ -123,11 +123,11 @@ class Layer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Latents gen [M, N, H] and markers und [M, 2, H] -> the same after this layer, attending to each other and
         to key and value [M, L, kv_heads, D]."""
-        n = gen.shape[1]
         qg, kg, vg = self.project(gen, rope, GEN)
         qu, ku, vu = self.project(und, rope, UND)
         out = attend(torch.cat([qg, qu], 1), torch.cat([key, kg, ku], 1), torch.cat([value, vg, vu], 1), mask=mask)
-        return self.finish(gen, out[:, :n], GEN), self.finish(und, out[:, n:], UND)
+        drawn, marked = out.split((gen.shape[1], und.shape[1]), 1)
+        return self.finish(gen, drawn, GEN), self.finish(und, marked, UND)
 
     def project(self, x: Tensor, rope: Rope, expert: str) -> tuple[Tensor, Tensor, Tensor]:
         return self.self_attn.project(getattr(self, "input_layernorm" + expert)(x), rope, expert)
@@ -139,15 +139,16 @@ class Layer(nn.Module):
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """q [B, Q, heads, D], k and v [B, K, kv_heads, D] -> [B, Q, heads, D]. mask is True where a key may be seen."""
-    repeat = q.shape[2] // k.shape[2]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    if repeat > 1:
-        k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
-    dtype = q.dtype
-    if q.device.type == "cpu" and dtype == torch.bfloat16:
+    dtype, repeat, cpu = q.dtype, q.shape[1] // k.shape[1], q.device.type == "cpu"
+    if cpu and dtype == torch.bfloat16:
         # The CPU kernel's bf16 backward is several times slower than its fp32 one.
         q, k, v = q.float(), k.float(), v.float()
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal).transpose(1, 2).to(dtype)
+    if repeat > 1 and not cpu:
+        # On GPUs not every kernel that takes a mask shares keys among heads; the CPU's does, in half the time.
+        k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=cpu)
+    return out.transpose(1, 2).to(dtype)
 
 
 @dataclass(frozen=True)
