@@ -23,6 +23,7 @@ from common.bagel.config import BagelConfig  # noqa: E402
 from common.bagel.flops import draw_flops, read_flops  # noqa: E402
 from common.bagel.policy import pack_batch  # noqa: E402
 from common.config import TrainConfig, resolve_path  # noqa: E402
+from common.hardware import cpu_has_bfloat16  # noqa: E402
 from common.recipe import load_config  # noqa: E402
 from common.weights import digest, held_bucket, pack, plan, unpack  # noqa: E402
 from deploy.bench.measure import MIDDLE, bagel_config, best, matrix_rate, random_policy  # noqa: E402
@@ -144,6 +145,11 @@ def show(what: str, value: str) -> None:
     print(f"| {what} | {value} |", flush=True)
 
 
+def compute_types() -> tuple[torch.dtype, ...]:
+    """What this CPU multiplies itself: where torch emulates bf16 the large policy would take hours."""
+    return (torch.float32, torch.bfloat16) if cpu_has_bfloat16() else (torch.float32,)
+
+
 def packed_against_plain(chains: int = 24) -> None:
     """The learner's packed forward and backward at the paper's group and window, on the small and the 40 M policy."""
     small, middle = BagelConfig.read(resolve_path("deploy/models/shapes")), bagel_config(MIDDLE, 16)
@@ -153,14 +159,14 @@ def packed_against_plain(chains: int = 24) -> None:
         ("40 M", middle, (CONTEXT, CONTEXT), SCORED, GRID, 1, 4),
     ):
         work = random_work(config, chains=chains, window=WINDOW, context=context, scored=scored, grid=grid)
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in compute_types():
             for what, measured in compare(random_policy(config, dtype), work, repeat, micro):
                 show(f"{name}, {str(dtype).removeprefix('torch.')}: {what}", measured)
 
 
 def rates() -> None:
     """Matrix, denoiser, learner, weight sync, vLLM and a whole step."""
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in compute_types():
         name, rate = str(dtype).removeprefix("torch."), matrix_rate(dtype)
         show(f"matrix rate, {name}, {CPUS} threads", f"{rate / 1e9:.0f} GFLOP/s")
         for part, measured in model_rates(dtype, 4).items():
