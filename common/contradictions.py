@@ -111,6 +111,11 @@ def _learner(config: TrainConfig) -> Iterator[str]:
             "learner.zero_stage is 3 but learner.reference_on_host exchanges whole weights; take stage 2, or "
             "objective.regulariser=none with objective.text_kl=0, which needs no reference"
         )
+    if config.learner.ranks > 1 and 0 < config.learner.gpus <= 0.5:
+        yield (
+            f"learner.gpus is {config.learner.gpus:g} but learner.ranks is {config.learner.ranks}; Ray puts as many "
+            "ranks on a GPU as fit, and NCCL refuses two there: give more than 0.5"
+        )
     if config.learner.zero_stage == 3 and config.learner.activation_checkpointing:
         yield (
             "learner.zero_stage is 3 but learner.activation_checkpointing holds on to weights that stage 3 lets go of "

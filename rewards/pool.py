@@ -68,7 +68,7 @@ class RewardPool:
         self, scorers: tuple[Reward, ...], run_name: str = "", on_nonfinite: Literal["stop", "skip"] = "stop"
     ) -> None:
         """Starts the actors, named after the run, and waits until all are up. ConfigError for an unknown reward, bad
-        options or missing files; RuntimeError if the cluster has no room."""
+        options or missing files, or if the cluster has no room; RuntimeError if an actor is not built in time."""
         check(scorers)
         self._scorers, self._on_nonfinite = scorers, on_nonfinite
         self._replicas: list[Replicas] = []
@@ -89,7 +89,8 @@ class RewardPool:
     def finish(self, tickets: Sequence[Ticket]) -> Scored:
         """Waits for the scores of groups of equal size, in their order. ValueError for none or unequal ones;
         ObjectLostError if a group was lost with its node; NonFiniteError if a score was NaN or infinite and
-        on_nonfinite is stop; RuntimeError if a scorer has lost all its actors for good, or gives no score any more."""
+        on_nonfinite is stop; RuntimeError if a scorer has lost all its actors for good, or gives no score any more;
+        ConfigError if it lost them for want of room."""
         sizes = sorted({ticket.size for ticket in tickets})
         if len(sizes) != 1:
             raise ValueError(f"tickets are of groups with {sizes} chains; give at least one, all of the same size")

@@ -109,7 +109,7 @@ def step_overhead(steps: int = 6) -> dict[str, float]:
         config = load_config("shapes", [f"steps={steps}", f"runs_dir={runs}", "evaluation.prompts=7"])
         with open_session(config) as session:
             rows = train(session).read_metrics()[1:]
-    keys = [key for key in rows[0] if key.startswith(("time/", "rollout/", "weights/sync_s"))]
+    keys = [key for key in rows[0] if key.startswith(("time/", "rollout/"))]
     return {key: float(np.median([row[key] for row in rows])) for key in keys}
 
 
@@ -180,7 +180,7 @@ def rates() -> None:
     show("vLLM, small policy, 96 x 32 tokens", f"{reasoner_rate(load_config('shapes')):.0f} tokens/s")
     show("default recipe, one step", f"{overhead['time/step_s']:.2f} s")
     show("share of a step that is not model math", f"{overhead['time/overhead_fraction']:.3f}")
-    show("weight sync of a step", f"{overhead['weights/sync_s'] * 1000:.0f} ms")
+    show("weight sync of a step (time/sync_s)", f"{overhead['time/sync_s'] * 1000:.0f} ms")
     show("rollout", f"{overhead['rollout/images_per_s']:.1f} images/s")
 
 

@@ -78,6 +78,10 @@ def test_unknown_keys_are_named_with_the_closest_known_one(data: dict[str, Any],
             ["rewards has no shapes_learned of a weight above 0", "add it"],
         ),
         (
+            {"learner": {"ranks": 2, "gpus": 0.49}},
+            ["learner.gpus is 0.49 but learner.ranks is 2", "give more than 0.5"],
+        ),
+        (
             {"optimizer": {"lr_reasoning": 0, "lr_denoising": 0}},
             ["objective.text_weight is 1 but nothing that it reaches is trained (reasoning:", "set the weight to 0"],
         ),
