@@ -17,6 +17,7 @@ import typer
 from common.config import ConfigError, TrainConfig, run_path
 from common.recipe import apply_overrides, load_config, read_recipe, to_yaml, validate
 from common.types import NonFiniteError, SelfTestError
+from deploy.reproduction.rows import STEPS
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
@@ -231,7 +232,7 @@ def reproduce(
     overrides: Overrides = None,
     rows: Annotated[str, typer.Option(help="Rows, comma-separated; all without.")] = "",
     seeds: Annotated[str, typer.Option(help="Seeds, comma-separated.")] = "0,1,2",
-    steps: Annotated[int, typer.Option(min=1, help="Steps of every training stage.")] = 240,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of every training stage.")] = STEPS,
     out: Annotated[Path | None, typer.Option(help="Cells and figures; the page is OUT.md. docs/reproduction.")] = None,
 ) -> None:
     """Run the paper's rows and ablations, each in several seeds, and write the page that compares them; finished cells

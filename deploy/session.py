@@ -120,8 +120,9 @@ def _join(address: str) -> None:
         ) from error
 
 
-def _last_checkpoint(config: TrainConfig, run: RunDirectory) -> tuple[Path | None, int]:
+def _last_checkpoint(config: TrainConfig, run: RunDirectory, every: int) -> tuple[Path | None, int]:
     """Where a resumed run goes on, and at which step; (None, 0) for one that was stopped before its first checkpoint.
+    every: steps between the checkpoints that it wrote until now, whatever it is to write from here on.
     ConfigError if none that was written is whole any more, or the reference is another one."""
     found = run_checkpoint.newest_whole(run.checkpoints)
     if not found:
@@ -130,8 +131,8 @@ def _last_checkpoint(config: TrainConfig, run: RunDirectory) -> tuple[Path | Non
                 f"none of the checkpoints in {run.checkpoints} is whole; restore one, or start a new run: "
                 "this one would begin at step 0"
             )
-        # A checkpoint is whole by the time that the next is due, or the run waits for it.
-        done, every = len(run.read_metrics()), config.checkpoints.every
+        # A checkpoint is whole by the time that the next is due, unless it failed.
+        done = len(run.read_metrics())
         if every and done > 2 * every:
             raise ConfigError(
                 f"{run.checkpoints} holds no checkpoint although {done} steps are done; restore one, or start a new "
@@ -157,8 +158,8 @@ def open_session(config: TrainConfig, resume: bool = False) -> Iterator[Session]
         if resume:
             stack.enter_context(run.open().owned())
             run.clear_partial()
-            checkpoint, first = _last_checkpoint(config, run)
             begun = load_config(str(run.config))
+            checkpoint, first = _last_checkpoint(config, run, begun.checkpoints.every)
             run.configure(to_yaml(config.model_copy(update={"runs_dir": begun.runs_dir, "run_name": begun.run_name})))
         elif run.path.exists():
             raise ConfigError(f"{run.path} exists already; give another run_name, or --resume to continue that run")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, ValidationError, model_validator
 
 from common.config import ConfigError
 from common.rundir import dump_json, replacing
@@ -18,6 +18,8 @@ from deploy.evaluation import Result
 from deploy.reproduction.rows import ROWS, Plan, origin, trains
 
 Cell = dict[str, Any]
+CURVES = ("reward/mean", "reward/shapes/strict", "reward/shapes/ta")
+"""Metrics of every training step that a cell keeps: what is trained on, and the truth."""
 
 
 class _Outcome(BaseModel):
@@ -37,14 +39,6 @@ class _Outcome(BaseModel):
         return self
 
 
-class _Curves(BaseModel):
-    """The curves that the page draws."""
-
-    rewards: list[float | None] = Field(alias="reward/mean")
-    strict: list[float | None] = Field(alias="reward/shapes/strict")
-    ta: list[float | None] = Field(alias="reward/shapes/ta")
-
-
 class _Cell(BaseModel):
     """What a cell must have to be one."""
 
@@ -57,7 +51,13 @@ class _Cell(BaseModel):
     machine: str
     dtypes: list[str]
     result: _Outcome
-    curves: _Curves
+    curves: dict[str, list[float | None]]
+
+    @model_validator(mode="after")
+    def _drawn(self) -> _Cell:
+        if absent := [name for name in CURVES if name not in self.curves]:
+            raise ValueError(f"its curves lack {', '.join(absent)}")
+        return self
 
 
 @dataclass(frozen=True)

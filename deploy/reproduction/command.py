@@ -13,11 +13,9 @@ from pathlib import Path
 from common.config import ConfigError, TrainConfig
 from common.recipe import load_config
 from common.rundir import RunDirectory
-from deploy.reproduction.cells import Cell, digest, minutes_left, missing, read_cells, rounded, write_cell
+from deploy.reproduction.cells import CURVES, Cell, digest, minutes_left, missing, read_cells, rounded, write_cell
 from deploy.reproduction.page import write_page
 from deploy.reproduction.rows import Plan, dtypes, origin, stages
-
-CURVES = ("reward/mean", "reward/shapes/strict", "reward/shapes/ta")
 
 
 class ReproductionError(RuntimeError):

@@ -12,11 +12,11 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from common.rundir import replacing
-from deploy.reproduction.cells import Cell, Stored, missing
+from deploy.reproduction.cells import CURVES, Cell, Stored, missing
 from deploy.reproduction.rows import ROWS, TASKS, Plan, settings
 
 RESAMPLES = 4000
-STRICT, TA, REWARD = "reward/shapes/strict", "reward/shapes/ta", "reward/mean"
+REWARD, STRICT, TA = CURVES
 LEARNED = ("learned-none", "learned-latent-kl", "learned-velocity-mse")
 
 
@@ -242,9 +242,7 @@ def _types(stored: Stored) -> list[str]:
     by_type: dict[str, dict[str, list[str]]] = {}
     for row, cells in stored.cells.items():
         for cell in cells:
-            by_type.setdefault(" and ".join(dict.fromkeys(cell["dtypes"])), {}).setdefault(row, []).append(
-                str(cell["seed"])
-            )
+            by_type.setdefault(_computed_in(cell), {}).setdefault(row, []).append(str(cell["seed"]))
     names = sorted(by_type, key=lambda name: -sum(map(len, by_type[name].values())))
     return [
         f"- Computed in {name} instead of {names[0]}, as the machine does: "
@@ -328,7 +326,11 @@ def _machines(scores: Mapping[str, Score]) -> list[str]:
 
 
 def _machine(cell: Cell) -> str:
-    return f"{cell['machine']}, {' and '.join(dict.fromkeys(cell['dtypes']))}"
+    return f"{cell['machine']}, {_computed_in(cell)}"
+
+
+def _computed_in(cell: Cell) -> str:
+    return " and ".join(dict.fromkeys(cell["dtypes"]))
 
 
 def draw(path: Path, rows: Mapping[str, Sequence[Cell]], panels: Mapping[str, str]) -> Path | None:

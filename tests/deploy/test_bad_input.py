@@ -109,7 +109,7 @@ def test_resume_without_the_checkpoints_that_a_run_had(monkeypatch, capsys, tmp_
     for step in range(5):
         run.append_metrics({"step": step})
     run.write_json(run.evaluation_file(4), {})
-    error = attempt(monkeypatch, capsys, "train", "--resume", str(run.path))
+    error = attempt(monkeypatch, capsys, "train", "--resume", str(run.path), "checkpoints.every=50")
     assert "checkpoints holds no checkpoint although 5 steps are done; restore one" in error
     assert len(run.read_metrics()) == 5 and run.evaluation_file(4).exists()
 

@@ -248,7 +248,7 @@ def test_what_is_no_cell_is_named(plan: Plan) -> None:
         (good | {"origin": None}, "origin: Input should be"),
         (good | {"result": good["result"] | {"tags": None}}, r"result\.tags: "),
         (good | {"result": good["result"] | {"ta": [1.0]}}, "result: .*its columns differ in length"),
-        (good | {"curves": {}}, r"curves\.reward/mean: Field required"),
+        (good | {"curves": {}}, r".*its curves lack reward/mean, reward/shapes/strict"),
     ):
         _store(plan, cell)
         with pytest.raises(ConfigError, match=rf"{file.name} is not a cell \({problem}.*remove it"):
