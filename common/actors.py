@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -90,11 +91,14 @@ def building(init: Callable[P, None]) -> Callable[P, None]:
 
     @wraps(init)
     def named(*args: P.args, **options: P.kwargs) -> None:
+        gc.disable()  # what is imported and built here stays, and would be searched for garbage again and again
         try:
             check_engines()
             init(*args, **options)
         except (ConfigError, FileNotFoundError) as error:
             raise ConfigError(f"on node {node_name()}: {error}") from error
+        finally:
+            gc.enable()
 
     return named
 

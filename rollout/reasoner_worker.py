@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterable
 
@@ -16,6 +17,8 @@ def prepare_cpu(architectures: Iterable[str]) -> None:
     Call it before anything imports vLLM. It may be called again.
     """
     patch()
+    # vLLM collects garbage five times while it starts, each time through all that was imported before, which stays.
+    gc.freeze()
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")

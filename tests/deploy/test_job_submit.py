@@ -43,11 +43,11 @@ UNIGRPO = str(Path(sys.executable).with_name("unigrpo"))
 RECIPE = """
 run_name: job
 steps: 2
-data: {prompts_per_step: 4, group_size: 4}
+data: {prompts_per_step: 2, group_size: 4}
 rewards: [{name: "rewards.only_here:OnlyHere", custom: {rollout_node: 1}}]
 rollout: {replicas: 1, custom: {rollout_node: 1}}
 learner: {custom: {learner_node: 1}}
-evaluation: {prompts: 7, images_per_prompt: 2, samples: 7}
+evaluation: {prompts: 2, images_per_prompt: 1, points: 6, samples: 2}
 """
 SCORER = """
 from rewards.shapes import ShapesScorer

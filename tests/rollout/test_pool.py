@@ -213,7 +213,7 @@ def test_a_replica_whose_calls_raise_is_replaced_before_it_fails_its_work_for_go
     mark = tmp_path / "raises"
 
     class Raises(RolloutReplica):
-        # Of two replicas the one that was asked first, until it is started afresh.
+        # Until it is started afresh.
         def generate(self, *arguments: Any) -> Any:
             with suppress(FileExistsError):
                 mark.symlink_to(self.start)
@@ -221,18 +221,16 @@ def test_a_replica_whose_calls_raise_is_replaced_before_it_fails_its_work_for_go
                 raise OSError("the engine is dead")
             return super().generate(*arguments)
 
-    calm = collect(pool, config)
-    assert pool.weights is not None
+    until(lambda: pool.serving == 2)
+    calm, restarts, reruns = collect(pool, config), pool.restarts, pool.rerun_groups
     monkeypatch.setattr("rollout.replica.RolloutReplica", Raises)
-    raising = RolloutPool(config.model_copy(update={"run_name": "raising"}))
-    try:
-        raising.wait_ready()
-        raising.sync(pool.weights)
-        assert all(same(a, b) for a, b in zip(calm, collect(raising, config), strict=True))
-        until(lambda: raising.restarts == 1 and raising.serving == 2)
-        assert raising.rerun_groups == 1
-    finally:
-        raising.close()
+    pool.scale(3)
+    until(lambda: pool.serving == 3 and all(replica.holds is pool.weights for replica in pool.replicas))
+    assert all(same(a, b) for a, b in zip(calm, collect(pool, config), strict=True))
+    until(lambda: pool.restarts == restarts + 1 and pool.serving == 3)
+    assert pool.rerun_groups == reruns + 1
+    pool.scale(2)
+    until(lambda: len(pool.replicas) == 2)
 
 
 def test_a_version_that_nobody_has_any_more_is_asked_for_anew(pool: RolloutPool, config: TrainConfig) -> None:
