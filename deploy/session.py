@@ -26,6 +26,7 @@ from deploy import timeline
 from deploy.cluster import capacity, nodes
 from deploy.control import Control
 from deploy.evaluation import Sample
+from deploy.local_ray import start_ray
 from deploy.preflight import check_fits, check_inputs, check_resources, local_cpus
 from deploy.progress import Progress
 from learner import checkpoint as run_checkpoint
@@ -92,14 +93,7 @@ def connect(config: TrainConfig, learner_too: bool = True) -> None:
         _join(address)
     else:
         check_resources(config, {"CPU": local_cpus(), "GPU": float("inf")}, learner_too)
-        ray.init(
-            address="local",
-            num_cpus=local_cpus(),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=512 << 20,
-        )
+        start_ray(local_cpus(), object_store_memory=512 << 20)
     check_resources(config, capacity(), learner_too)
     check_fits(config, nodes(), learner_too)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from common.config import ConfigError, Resources, resolve_path
 from common.rundir import RunDirectory
 from common.runtime import free_port
 from common.sft_config import SFTConfig, load_sft_config
+from deploy.local_ray import start_ray
 from deploy.preflight import local_cpus
 from deploy.progress import Progress
 from learner.dataset import check_parquet
@@ -36,13 +36,7 @@ def run_sft(recipe: str, overrides: list[str]) -> None:
     run = RunDirectory(out.parent / f"{out.name}-sft").create(
         yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     )
-    ray.init(
-        address="local",
-        num_cpus=local_cpus(),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    start_ray(local_cpus())
     try:
         with Progress(config.steps) as progress:
             if config.create:

@@ -35,9 +35,9 @@ def local_ray() -> Iterator[None]:
     """A Ray of two CPUs on this machine, for the whole session."""
     import ray
 
-    ray.init(
-        address="local", num_cpus=2, include_dashboard=False, object_store_memory=256 << 20, logging_level="warning"
-    )
+    from deploy.local_ray import start_ray
+
+    start_ray(2, object_store_memory=256 << 20, log_to_driver=True, logging_level="warning")
     yield
     ray.shutdown()
 

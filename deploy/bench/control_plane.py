@@ -39,6 +39,7 @@ from common.recipe import load_config
 from common.transport.object_store import ObjectStorePublication
 from common.types import Chain, Group, ImageSegment, RolloutRequest, RolloutStats, TextSegment, WeightBucket
 from common.types import WeightManifest as Manifest
+from deploy.local_ray import start_ray
 from deploy.requests import training_requests
 from rewards.pool import RewardPool
 from rewards.scorer import Scorer, ScorerOutput
@@ -266,10 +267,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=CALL_S, help="mean time of a group")
     asked = parser.parse_args()
     logging.disable(logging.INFO)
-    ray.init(
-        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=2 << 30,
-        logging_level=logging.ERROR,
-    )  # fmt: skip
+    start_ray(2, object_store_memory=2 << 30)
     print(
         "| replicas | s a group | groups | efficiency | queueing delay, median | 99 % | publish to all "
         "| CPU per group: driver | reward actors | Ray | simulated engines |\n" + "|---" * 11 + "|"

@@ -7,7 +7,6 @@ rank, at max_staleness 0 and 1 one after the other, and the learning curves of b
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from common.recipe import load_config
 from common.transport.object_store import ObjectStorePublication
 from deploy.bench import control_plane as simulated
 from deploy.in_flight import InFlight
+from deploy.local_ray import start_ray
 from deploy.loop import learn, train
 from deploy.session import open_session
 from deploy.step_metrics import Clock
@@ -128,7 +128,7 @@ def draw(runs: dict[int, list[dict[str, Any]]], path: Path) -> None:
 
 def main() -> None:
     """Prints both tables and writes the curves."""
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    start_ray(2)
     table(f"Simulated: {REPLICAS} replicas, {CALL_S:g} s a group, {UPDATE_S:g} s an update")
     for staleness in (0, 1):
         row(staleness, measure_simulated(staleness))
