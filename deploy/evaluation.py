@@ -134,7 +134,7 @@ def summarise(
         "version": version,
         "judge": judge,
         "n_prompts": len(prompts),
-        "images_per_prompt": max(images.values()),
+        "images_per_prompt": Counter(images.values()).most_common(1)[0][0],
         "n_images": len(scored),
         "unscored": len(rows) - len(scored),
         "strict": mean([row.strict for row in scored]),

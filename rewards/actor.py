@@ -29,7 +29,8 @@ class RewardActor:
         return self._start
 
     def score(self, group: Group) -> Rewards:
-        """Scores of the last image of each of the group's G chains; NaN or infinite ones are counted and become NaN.
+        """Scores of the last image of each of the group's G chains; NaN or infinite ones are counted and become NaN,
+        and so do the components of these and of the unscorable.
         ValueError if the scorer broke its contract: values of another shape than [G]."""
         images = np.stack([chain.image.pixels for chain in group.chains])
         output = self._scorer.score(images, [group.prompt] * len(group.chains))
@@ -37,8 +38,10 @@ class RewardActor:
         unscorable = np.zeros(len(values), bool)
         unscorable[list(output.unscorable)] = True
         nonfinite = ~np.isfinite(values) & ~unscorable
-        values[unscorable | nonfinite] = np.nan
         components = {name: self._column(name, column, len(values)) for name, column in output.components.items()}
+        # What cannot be judged is wrong in no column: evaluations count by components.
+        for column in (values, *components.values()):
+            column[unscorable | nonfinite] = np.nan
         return Rewards(self._name, values, components, int(nonfinite.sum()))
 
     def _column(self, name: str, column: NDArray[np.floating], size: int) -> NDArray[np.float32]:

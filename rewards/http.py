@@ -52,10 +52,10 @@ def _loopback(host: str) -> bool:
 
 
 class Scores(BaseModel):
-    """What the service answers: a score per image, null for one it cannot judge, and further columns for the record."""
+    """What the service answers: a score per image, null for one it cannot judge, and further columns of the same."""
 
     scores: list[float | None]
-    components: dict[str, list[float]] = {}
+    components: dict[str, list[float | None]] = {}
 
 
 class HttpScorer(Scorer):
@@ -114,8 +114,9 @@ def _output(url: str, data: bytes, size: int) -> ScorerOutput:
         raise RuntimeError(f"{url} answers something else than scores: {first['loc']}: {first['msg']}") from error
     if len(got.scores) != size:
         raise RuntimeError(f"{url} answers {len(got.scores)} scores for {size} images")
+    columns = got.components.items()
     return ScorerOutput(
         np.array([0.0 if score is None else score for score in got.scores], np.float32),
-        {name: np.array(column, np.float32) for name, column in got.components.items()},
+        {name: np.array([np.nan if v is None else v for v in column], np.float32) for name, column in columns},
         tuple(i for i, score in enumerate(got.scores) if score is None),
     )

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from common.shapes.reasoning import ideal_detections
 from common.shapes.scene import Item, Scene
-from common.shapes.score import relations
+from common.shapes.score import asked_for, relations
 from common.shapes.vocab import ANY, CELLS, COLORS, RELATIONS, SHAPES, SIZE
 
 WEIGHTS = Path(__file__).parent / "data" / "learned.safetensors"
@@ -83,7 +83,8 @@ def expected_exam(metadata: Mapping[str, Any], shapes: Tensor, colors: Tensor) -
     for entry in include:
         cells, count = shown(entry), entry["count"]
         number = _number_of(cells)
-        answers += [1 - number[:, 0], number[:, count : count + 1].sum(1)]
+        fewest, most = asked_for(include, entry["class"])
+        answers += [1 - number[:, 0], number[:, fewest : most + 1].sum(1)]
         if color := entry.get("color"):
             answers.append(_number_of(cells * colors[..., _COLORS.index(color)])[:, count:].sum(1))
         if entry.get("position") is not None:

@@ -99,7 +99,8 @@ def partial(metadata: Metadata, detections: Sequence[Detection]) -> float:
 
 def exam(metadata: Metadata, detections: Sequence[Detection]) -> dict[str, bool]:
     """Yes/no questions on what the prompt asks for, by name, each for itself (the paper's TA protocol): the object is
-    there; there are exactly so many; so many have the color; one stands in the relation, whatever the colors.
+    there; there are exactly as many as all entries ask for; so many have the color; one stands in the relation,
+    whatever the colors.
 
     Unlike `points` nothing asks about objects that the prompt does not name.
     """
@@ -108,7 +109,9 @@ def exam(metadata: Metadata, detections: Sequence[Detection]) -> dict[str, bool]
     for index, entry in enumerate(include):
         name, count, color, found = entry["class"], entry["count"], entry.get("color"), _of_class(entry, detections)
         answers[f"{index}: {name} present"] = bool(found)
-        answers[f"{index}: exactly {count} {name}"] = len(found) == count
+        fewest, most = asked_for(include, name)
+        wanted = f"exactly {fewest}" if fewest == most else f"{fewest} to {most}"
+        answers[f"{index}: {wanted} {name}"] = fewest <= len(found) <= most
         if color is not None:
             answers[f"{index}: {name} is {color}"] = sum(d.color == color for d in found) >= count
         if entry.get("position") is not None:
@@ -116,6 +119,13 @@ def exam(metadata: Metadata, detections: Sequence[Detection]) -> dict[str, bool]
             pairs = ((a, b) for a in found for b in _of_class(include[target], detections))
             answers[f"{index}: {relation} {target}"] = any(relation in relations(a, b) for a, b in pairs)
     return answers
+
+
+def asked_for(include: Sequence[Mapping[str, Any]], name: str) -> tuple[int, int]:
+    """The fewest and the most objects of a class that entries ask for together: a red circle and a blue circle are
+    two, and the "object" beside a circle may be a second one."""
+    alike = sum(entry["count"] for entry in include if name in (ANY, entry["class"]))
+    return alike, alike + sum(entry["count"] for entry in include if name != ANY == entry["class"])
 
 
 def text_alignment(metadata: Metadata, detections: Sequence[Detection]) -> float:

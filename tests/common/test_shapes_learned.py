@@ -29,7 +29,9 @@ def reader() -> SceneReader:
 
 def test_certain_readings_give_the_share_of_the_exam() -> None:
     rng = np.random.default_rng(0)
-    for record in HELDOUT[::5]:
+    two = [{"class": "circle", "count": 1, "color": color} for color in ("red", "blue")]
+    twice = {"prompt": "a red circle and a blue circle", "tag": "color_attr", "include": two}
+    for record in (*HELDOUT[::5], twice):
         for make in (careful, careless):
             _, scene = make(record, rng)
             shapes, colors = torch.zeros(1, 4, 6), torch.full((1, 4, 6), 1 / 6)

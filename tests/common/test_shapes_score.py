@@ -165,6 +165,28 @@ def test_exam_counts_exactly() -> None:
     assert [text_alignment(want, [_at(8, 8)] * n) for n in range(4)] == pytest.approx([0, 1 / 3, 1, 2 / 3])
 
 
+_circles = _metadata(*({"class": "circle", "count": 1, "color": color} for color in ("red", "blue")))
+
+
+@pytest.mark.parametrize(
+    ("found", "wrong"),
+    [
+        ([_at(8, 8), _at(8, 24, color="blue")], set()),
+        ([_at(8, 8)], {"0: exactly 2 circle", "1: exactly 2 circle", "1: circle is blue"}),
+        ([_at(8, 8), _at(8, 24, color="blue"), _at(24, 8)], {"0: exactly 2 circle", "1: exactly 2 circle"}),
+    ],
+)
+def test_entries_of_one_class_are_counted_together(found: list[Detection], wrong: set[str]) -> None:
+    assert {name for name, yes in exam(_circles, found).items() if not yes} == wrong
+
+
+def test_an_object_beside_a_named_class_may_be_of_it() -> None:
+    want = _metadata({"class": "circle", "count": 1}, {"class": "object", "count": 1})
+    pictures = [[_at(8, 8), _at(8, 24, shape)] for shape in ("circle", "square")]
+    assert [text_alignment(want, found) for found in pictures] == [1, 1]
+    assert text_alignment(want, [_at(8, 8)]) == 3 / 4  # one object of two
+
+
 _found = st.lists(
     st.builds(
         _at, st.floats(0, 32), st.floats(0, 32), st.sampled_from((*SHAPES, "unknown")), st.sampled_from(list(COLORS))

@@ -75,7 +75,7 @@ def test_without_right_or_judged_reasoning_the_numbers_are_none() -> None:
 
 def test_unscored_images_are_counted_and_left_out() -> None:
     result = summarise([*ROWS, _sample("count", "c", math.nan, True, math.nan)], version=0)
-    assert (result["unscored"], result["n_images"], result["images_per_prompt"]) == (1, 6, 3)
+    assert (result["unscored"], result["n_images"], result["images_per_prompt"]) == (1, 6, 2)
     assert result["strict"] == pytest.approx(0.5)
     assert result["reasoning_accuracy"] == pytest.approx(0.5)
     # A prompt none of whose images was scored keeps its place among the prompts, and counts nowhere.

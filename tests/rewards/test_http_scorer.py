@@ -8,6 +8,7 @@ import threading
 from base64 import b64decode
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from PIL import Image
 from common.config import ConfigError
 from common.runtime import free_port
 from common.types import Prompt
+from rewards.actor import RewardActor
 from rewards.scorer import ScorerOutput, build, check_options
 
 IMAGES = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
@@ -74,6 +76,17 @@ def test_images_and_prompts_go_out_and_scores_come_back(service: Service) -> Non
     assert asked["prompts"] == [{"id": "a", "text": "a cat", "metadata": {"tag": "t"}}] * 2
     sent = [np.array(Image.open(io.BytesIO(b64decode(image)))) for image in asked["images"]]
     np.testing.assert_array_equal(sent, IMAGES)
+
+
+def test_what_cannot_be_judged_is_wrong_in_no_column(service: Service) -> None:
+    """Evaluations take right and wrong from the components."""
+    service.replies = [(200, {"scores": [1, None], "components": {"strict": [1, 0], "sharp": [None, 2]}})]
+    chains = [SimpleNamespace(image=SimpleNamespace(pixels=pixels)) for pixels in IMAGES]
+    group: Any = SimpleNamespace(prompt=PROMPTS[0], chains=chains)
+    rewards = RewardActor("http", {"url": service.url}).score(group)
+    np.testing.assert_array_equal(rewards.values, [1, np.nan])
+    np.testing.assert_array_equal(rewards.components["strict"], [1, np.nan])
+    np.testing.assert_array_equal(rewards.components["sharp"], [np.nan, np.nan])
 
 
 def test_a_busy_service_is_asked_again_and_an_angry_one_is_not(service: Service) -> None:
