@@ -51,8 +51,8 @@ def _records(path: Path) -> Iterator[tuple[int, Any]]:
         if line.strip():
             try:
                 yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ConfigError(f"{path}, line {number} is not JSON ({error.msg}); mend or remove it") from error
+            except (ValueError, RecursionError) as error:  # also of numbers and nesting beyond Python's limits
+                raise ConfigError(f"{path}, line {number} is not JSON ({error}); mend or remove it") from error
 
 
 def _prompt(record: Any, path: Path, number: int) -> Prompt:
@@ -61,16 +61,32 @@ def _prompt(record: Any, path: Path, number: int) -> Prompt:
     text = record.get("prompt")
     if not isinstance(text, str) or not text.strip():
         raise ConfigError(f"{path}, line {number}: prompt is {text!r}; it must be text")
-    # Parquet has one set of columns for all rows and fills the absent ones with null.
-    metadata = {k: _without_nulls(v) for k, v in record.items() if k not in {"id", "prompt"} and v is not None}
+    check_characters(text, f"{path}, line {number}: prompt")
+    metadata = {k: v for k, v in _from_columns(record).items() if k not in {"id", "prompt"}}
     identity = record.get("id")
     return Prompt(f"line-{number}" if identity in (None, "") else str(identity), text, metadata)
 
 
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
-    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
+def check_characters(text: str, name: str) -> None:
+    """ConfigError for halves of surrogate pairs, which no tokenizer reads: a cut JSON escape, or bytes that are no
+    UTF-8 on a command line."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{name} {text!r} has no valid character at {error.start}; remove or replace it") from error
+
+
+def _from_columns(value: Any) -> Any:
+    """A record as JSON has it. Parquet has one set of columns for all rows and fills the absent ones with null, and one
+    type for all entries of a list, so that the index in a `position` has to be text there."""
+    match value:
+        case {"position": [relation, str(index)]} if index.isdecimal():
+            return _from_columns({**value, "position": [relation, int(index)]})
+        case dict():
+            return {k: _from_columns(v) for k, v in value.items() if v is not None}
+        case list():
+            return [_from_columns(v) for v in value]
+    return value
 
 
 class PromptOrder:

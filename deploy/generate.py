@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 from common.composed.source import composed_source
 from common.config import ConfigError, TrainConfig, resolve_path
+from common.prompts import check_characters
 from common.runtime import thread_env
 from common.types import Group, Prompt, RolloutRequest, chain_seed
-from deploy.preflight import check_guidance, check_lengths, local_cpus
+from deploy.preflight import check_guidance, check_lengths, check_size, local_cpus
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,6 +39,7 @@ def run_generate(
     image to change; without, new ones are drawn."""
     if not prompt.strip():
         raise ConfigError("prompt is empty; say what to draw")
+    check_characters(prompt, "prompt")
     if out.exists() and not out.is_dir():
         raise ConfigError(f"-o {out} is a file; give a directory")
     seeds = tuple(chain_seed(seed, 0, 0, k) for k in range(number))
@@ -49,6 +51,7 @@ def run_answer(config: TrainConfig, question: str, image: Path) -> str:
     """The likeliest answer to a question about an image, of sampling.max_tokens at most."""
     if not question.strip():
         raise ConfigError("question is empty; ask something")
+    check_characters(question, "question")
     pixels, checkpoint = read_image(image), _seeing(config)
     from common.bagel import seeing
 
@@ -60,7 +63,7 @@ def _draw(config: TrainConfig, prompt: str, seeds: tuple[int, ...]) -> list[Draw
 
     config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"reasoner_actor": None})})
     model = outline(config.model)
-    model.grid(config.model.height, config.model.width)
+    check_size(config, model)
     asked = Prompt("generate", prompt, {})
     check_guidance(config, model)
     check_lengths(config, model, [asked])

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, SpinnerColumn, TextColumn
 from rich.progress import Progress as Live
 from rich.table import Table
@@ -76,7 +77,7 @@ class Progress:
         if before:
             drawn = Table("", "before", *(("after", "difference") if after else ()), title="Held-out results")
             for row in table(before, after):
-                drawn.add_row(*(row if after else row[:2]))
+                drawn.add_row(*map(escape, row if after else row[:2]))  # tags are untrusted text
             self._console.print(drawn)
         self._line(f"report: {report}")
 

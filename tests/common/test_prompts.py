@@ -51,6 +51,15 @@ def test_jsonl_and_parquet_hold_the_same_prompts(tmp_path: Path) -> None:
     ]
 
 
+def test_a_relation_can_be_said_in_parquet(tmp_path: Path) -> None:
+    """Whose lists hold one type: the index is text there."""
+    square, circle = {"class": "square", "count": 1}, {"class": "circle", "count": 1}
+    of_lines = {"prompt": "p", "tag": "position", "include": [square, circle | {"position": ["left of", 0]}]}
+    of_table = of_lines | {"include": [square, circle | {"position": ["left of", "0"]}]}
+    pq.write_table(pa.Table.from_pylist([of_table]), tmp_path / "p.parquet")
+    assert read_prompts(tmp_path / "p.parquet") == read_prompts(lines(tmp_path / "p.jsonl", [of_lines]))
+
+
 def test_ids_default_to_the_line_and_blank_lines_are_skipped(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "one"}\n\n   \n{"prompt": "two"}\r\n{"id": 0, "prompt": "three"}')
@@ -66,6 +75,9 @@ def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ('{"prompt": "x"', "line 2 is not JSON"),
+        ('{"prompt": "x", "n": ' + "9" * 5000 + "}", "line 2 is not JSON (Exceeds the limit"),
+        ("[" * 100_000, "line 2 is not JSON (maximum recursion depth"),
+        (r'{"prompt": "a \ud83d circle"}', r"line 2: prompt 'a \ud83d circle' has no valid character at 2; remove"),
         ("[1, 2]", "line 2 is a list; every line is an object"),
         ('{"prompt": 7}', "line 2: prompt is 7; it must be text"),
         ('{"text": "x"}', "line 2: prompt is None; it must be text"),

@@ -6,6 +6,7 @@ import io
 import re
 import xml.etree.ElementTree as ET
 from base64 import b64decode
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -259,7 +260,7 @@ def test_plain_progress_prints_one_line_per_step() -> None:
 def test_terminal_progress_redraws_and_the_summary_stays() -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=100, color_system=None)
-    results = [summarise(_samples(rate), version=0) for rate in (0.3, 0.8)]
+    results = [summarise([replace(s, tag="[/b]olor") for s in _samples(rate)], version=0) for rate in (0.3, 0.8)]
     with Progress(3, console=console) as progress:
         progress.phase("evaluating")
         progress.update(0, {"reward/mean": 0.25})
@@ -267,4 +268,5 @@ def test_terminal_progress_redraws_and_the_summary_stays() -> None:
     text = out.getvalue()
     assert "step 1/3  reward 0.250" in text
     assert re.search(rf"Strict accuracy +│ {100 * results[0]['strict']:.1f} %", text)
+    assert "[/b]olor" in text  # not markup
     assert f"report: /runs/{'x' * 120}/report.html" in text
