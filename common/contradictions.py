@@ -106,7 +106,8 @@ def _replicas(config: TrainConfig) -> Iterator[str]:
 
 
 def _learner(config: TrainConfig) -> Iterator[str]:
-    if config.learner.zero_stage == 3 and config.learner.reference_on_host:
+    second_copy = config.objective.uses_reference and not config.learner.lora
+    if config.learner.zero_stage == 3 and config.learner.reference_on_host and second_copy:
         yield (
             "learner.zero_stage is 3 but learner.reference_on_host exchanges whole weights; take stage 2, or "
             "objective.regulariser=none with objective.text_kl=0, which needs no reference"
@@ -128,6 +129,12 @@ def _reasoner(config: TrainConfig) -> Iterator[str]:
     own = rollout.reasoner_actor
     if own and not config.sampling.think:
         yield "rollout.reasoner_actor is set but sampling.think is false; nobody reasons: remove it"
+    gpus = (own or rollout).gpus
+    if rollout.tensor_parallel > 1 and gpus < 1:
+        yield (
+            f"rollout.tensor_parallel is {rollout.tensor_parallel} but {'rollout.reasoner_actor' if own else 'rollout'}"
+            f".gpus is {gpus:g}; each part of vLLM needs a GPU of its own: give 1, or tensor_parallel=1"
+        )
     if own and bool(own.gpus) != bool(rollout.gpus):
         yield (
             f"rollout.gpus is {rollout.gpus:g} but rollout.reasoner_actor.gpus is {own.gpus:g}; vLLM and the denoiser "

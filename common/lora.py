@@ -22,18 +22,25 @@ ADAPTER = "default"
 def add_adapters(policy: Policy, settings: Lora) -> None:
     """Freezes the policy and puts trainable adapters, at first without effect, beside the linear layers named.
 
-    ConfigError if a half of the policy has none of these layers.
+    ConfigError if a half of the policy has none of these layers, or if a name that the recipe gives is no layer's.
     """
     patch()
     from peft import LoraConfig, inject_adapter_in_model
 
     policy.requires_grad_(False)
     names = settings.target_modules
-    for child in policy.children():
-        if any(isinstance(m, nn.Linear) and _named(path, names) for path, m in child.named_modules()):
-            peft = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=list(names))  # type: ignore[arg-type]
-            meta = next(policy.parameters()).is_meta
-            inject_adapter_in_model(peft, child, adapter_name=ADAPTER, low_cpu_mem_usage=meta)
+    layers = [path for path, module in policy.named_modules() if isinstance(module, nn.Linear)]
+    unknown = [name for name in names if not any(_named(path, (name,)) for path in layers)]
+    # The usual names are of all families, of which a policy is one.
+    if names != Lora().target_modules and unknown:
+        raise ConfigError(
+            f"learner.lora.target_modules names {unknown[0]}, which is no linear layer of this policy; its layers end "
+            f"in {', '.join(sorted({path.rpartition('.')[2] for path in layers}))}"
+        )
+    if len(unknown) < len(names):
+        peft = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=list(names))  # type: ignore[arg-type]
+        meta = next(policy.parameters()).is_meta
+        inject_adapter_in_model(peft, policy, adapter_name=ADAPTER, low_cpu_mem_usage=meta)
     for role, pairs in policy.parameter_groups().items():
         if not pairs:
             raise ConfigError(
@@ -83,10 +90,15 @@ def reference_of(policy: Policy) -> Callable[..., PolicyOutput]:
 
 @contextmanager
 def _switched_off(policy: Policy) -> Iterator[None]:
-    for _, layer in adapted(policy):
+    layers = [layer for _, layer in adapted(policy)]
+    # peft would train all of them from then on.
+    trained = [(parameter, parameter.requires_grad) for layer in layers for parameter in layer.parameters()]
+    for layer in layers:
         layer.enable_adapters(False)
     try:
         yield
     finally:
-        for _, layer in adapted(policy):
+        for layer in layers:
             layer.enable_adapters(True)
+        for parameter, trains in trained:
+            parameter.requires_grad_(trains)

@@ -29,12 +29,12 @@ class Surrogate:
 
 
 def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-    """-min(r A, clip(r) A) with the clip in log space, where a tiny clip is not lost to rounding, and where the
-    clipped branch was taken. log_ratio and advantage of one shape; low and high bound log r."""
-    ratio = log_ratio.exp()
-    bounded = log_ratio.clamp(-low, high).exp()
-    plain, limited = ratio * advantage, bounded * advantage
-    return -torch.minimum(plain, limited), (limited < plain).detach()
+    """-min(r A, clip(r) A), and where the clipped branch was taken: decided on log r, since r rounds a tiny clip away.
+    log_ratio and advantage of one shape; low and high bound log r."""
+    own = log_ratio.detach()
+    clipped = ((own > high) & (advantage > 0)) | ((own < -low) & (advantage < 0))
+    bounded = torch.where(clipped, own.clamp(-low, high), log_ratio)
+    return -bounded.exp() * advantage, clipped
 
 
 def sum_by_chain(values: Tensor, owner: Tensor, chains: int) -> Tensor:

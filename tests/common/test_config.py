@@ -151,6 +151,14 @@ def test_unknown_keys_are_named_with_the_closest_known_one(data: dict[str, Any],
             ["learner.zero_stage is 3 but learner.reference_on_host", "take stage 2"],
         ),
         (
+            {"rollout": {"tensor_parallel": 2}},
+            ["rollout.tensor_parallel is 2 but rollout.gpus is 0", "give 1, or tensor_parallel=1"],
+        ),
+        (
+            {"rollout": {"tensor_parallel": 2, "gpus": 1, "reasoner_actor": {"gpus": 0.5}}},
+            ["rollout.tensor_parallel is 2 but rollout.reasoner_actor.gpus is 0.5"],
+        ),
+        (
             {"sampling": {"noise_level": 0}},
             ["sampling.noise_level is 0 but objective.image_weight is 1", "raise the noise"],
         ),

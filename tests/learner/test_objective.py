@@ -270,6 +270,16 @@ def test_a_clip_of_a_few_fp32_ulps_still_clips() -> None:
     assert (log_ratio.grad != 0).tolist() == [True, False, False, True, True]
 
 
+def test_beyond_a_tiny_clip_there_is_no_gradient_at_all() -> None:
+    """exp rounds the bound and what lies just beyond it to the same ratio."""
+    beyond = torch.linspace(1e-6, 1.3e-6, 200)[1:]
+    log_ratio = torch.cat([beyond, -beyond]).requires_grad_()
+    advantage = torch.ones(len(log_ratio)).copysign(log_ratio.detach())
+    loss, clipped = clipped_surrogate(log_ratio, advantage, 1e-6, 1e-6)
+    loss.sum().backward()
+    assert clipped.all() and not log_ratio.grad.any()
+
+
 def test_first_update_is_reinforce() -> None:
     """At ratio 1 the gradient of a token is -A / length, of a window step -A / steps."""
     new, _, advantage, owner, _ = packed_text()

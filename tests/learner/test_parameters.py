@@ -11,9 +11,9 @@ from golden_numbers import CHECKPOINT
 from common.bagel import checkpoint as store
 from common.bagel.checkpoint import Checkpoint
 from common.config import ConfigError, Lora, Model, Objective, Optimizer, ParameterGroup
-from common.lora import add_adapters
+from common.lora import add_adapters, reference_of
 from common.parameters import check_reached, freeze, groups, rates, table
-from common.policy import outline
+from common.policy import open_policy, outline
 from learner.update import Updater
 
 
@@ -158,6 +158,27 @@ def test_groups_of_adapters() -> None:
     assert all("lora_" in name for pairs in found.values() for name, _ in pairs)
     assert {name.split(".lora_")[0].rpartition(".")[2] for name, _ in found["values"]} == {"v_proj"}
     assert "v_proj_moe_gen.lora_A" in str([name for name, _ in found["denoising"]])
+
+
+def test_adapters_beside_the_layers_that_images_come_in_and_out_by() -> None:
+    skeleton = outline(Model(path=str(CHECKPOINT))).skeleton
+    assert skeleton is not None
+    policy = skeleton()
+    add_adapters(policy, Lora(target_modules=("q_proj", "llm2vae", "vae2llm")))
+    adapted = {name.split(".lora_")[0] for name, p in policy.named_parameters() if p.requires_grad}
+    assert {name for name in adapted if "." not in name} == {"llm2vae", "vae2llm"}
+    with pytest.raises(ConfigError, match=r"names q_porj, which is no linear layer .* end in .*q_proj"):
+        add_adapters(skeleton(), Lora(target_modules=("q_proj", "llm2vae", "q_porj")))
+
+
+def test_the_reference_of_adapters_leaves_frozen_ones_frozen() -> None:
+    policy = open_policy(Model(path=str(CHECKPOINT)), frozen=None).policy
+    add_adapters(policy, Lora(rank=2))
+    freeze(policy, ["denoising"])
+    before = [name for name, p in policy.named_parameters() if p.requires_grad]
+    with pytest.raises(TypeError):  # of a forward without its arguments
+        reference_of(policy)()
+    assert [name for name, p in policy.named_parameters() if p.requires_grad] == before
 
 
 @pytest.mark.usefixtures("one_rank")
