@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
@@ -12,10 +13,14 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
 from typing import Any, Protocol
 
 from common.config import ConfigError, TrainConfig
 from common.rundir import RunDirectory
+
+log = logging.getLogger(__name__)
 
 METRICS: dict[str, str] = {
     "step": "Training step, counted from 0.",
@@ -163,7 +168,8 @@ class _TensorBoard:
     def __init__(self, run: RunDirectory, resume_step: int | None) -> None:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        self._writer = EventFileWriter(str(run.tensorboard))
+        self._open = partial(EventFileWriter, str(run.tensorboard))
+        self._writer: Any = self._open()
         if resume_step is not None:
             self.rewind(resume_step)
 
@@ -172,8 +178,7 @@ class _TensorBoard:
 
         # TensorBoard discards what it has read so far from this step on.
         restart = SessionLog(status=SessionLog.START)
-        self._writer.add_event(Event(wall_time=time.time(), step=step, session_log=restart))
-        self._writer.flush()
+        self._write(Event(wall_time=time.time(), step=step, session_log=restart))
 
     def log(self, step: int, metrics: Scalars) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
@@ -194,11 +199,23 @@ class _TensorBoard:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        self._writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
-        self._writer.flush()
+        self._write(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+
+    def _write(self, event: Any) -> None:
+        """A line that a full disk costs is missing; a writer that failed never writes again, so another takes over."""
+        try:
+            self._writer = self._writer or self._open()
+            self._writer.add_event(event)
+            self._writer.flush()
+        except OSError as error:  # recovered from: a full disk must not end the run
+            log.warning("TensorBoard's events could not be written: %s", error)
+            self.close()
 
     def close(self) -> None:
-        self._writer.close()
+        writer, self._writer = self._writer, None
+        with suppress(OSError):
+            if writer:
+                writer.close()
 
 
 class _WandB:

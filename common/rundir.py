@@ -38,6 +38,15 @@ log = logging.getLogger(__name__)
 _STEP = re.compile(r"step-(\d{6,})")
 
 
+def _to_disk(path: Path) -> None:
+    """A file's bytes, or a directory's names, would survive a power loss from here on."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a path beside `path` to write to, and moves it there on success: readers see the old file or the new
@@ -46,8 +55,7 @@ def replacing(path: Path) -> Iterator[Path]:
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield aside
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())
+        _to_disk(aside)
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
@@ -62,9 +70,12 @@ def replacing_directory(path: Path, new: bool = False) -> Iterator[Path]:
     aside.mkdir(parents=True)
     try:
         yield aside
+        for written in (*aside.rglob("*"), aside):
+            _to_disk(written)
         if path.exists() and not new:
             path.rename(old)
         aside.rename(path)
+        _to_disk(path.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
         if old.exists() and not path.exists():
@@ -143,6 +154,10 @@ class RunDirectory:
         return self.path / "status.json"
 
     @property
+    def lock(self) -> Path:
+        return self.path / "lock"
+
+    @property
     def timelines(self) -> Path:
         return self.path / "timeline"
 
@@ -192,13 +207,14 @@ class RunDirectory:
     def owned(self) -> Iterator[None]:
         """Nobody else trains in this directory meanwhile. ConfigError if somebody does; the end of a process, a kill
         too, lets go."""
-        handle = os.open(self.path, os.O_RDONLY)
+        # A file that is open for writing: of a directory NFS would keep other processes of this machine out, no more.
+        handle = os.open(self.lock, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             os.close(handle)
             raise ConfigError(
-                f"{self.path} is trained by another process on this machine; wait for its end or stop it, then resume"
+                f"{self.path} is trained by another process; wait for its end or stop it, then resume"
             ) from error
         except OSError as error:  # recovered from: not every shared file system has locks
             log.warning("%s cannot be locked (%s); see to it that no other driver trains in it", self.path, error)

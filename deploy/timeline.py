@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from common.timeline import chrome_trace, take_spans
 if TYPE_CHECKING:
     from deploy.session import Session
 
+log = logging.getLogger(__name__)
 POLL_S = 0.2
 
 
@@ -23,8 +25,12 @@ def step_done(session: Session, step: int) -> None:
     spans = take_spans()
     if (every and step % every == 0) or request.exists():
         spans += session.learner.spans()
-        path = session.run.write_json(session.run.timeline_file(step), chrome_trace(spans))
-        request.unlink(missing_ok=True)
+        try:
+            path = session.run.write_json(session.run.timeline_file(step), chrome_trace(spans))
+            request.unlink(missing_ok=True)
+        except OSError as error:  # recovered from: a full disk must not end the run; a request waits for the next step
+            log.warning("the timeline of step %d could not be written: %s", step, error)
+            return
         event("timeline", step=step, path=str(path), spans=len(spans))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import resource
 import subprocess
 import sys
 import threading
@@ -45,6 +46,22 @@ def test_metrics_jsonl_and_tensorboard_agree(run: RunDirectory) -> None:
         {"step": 1, "reward/mean": 0.5, "text/entropy": None, "loss/nonfinite": 1},
     ]
     assert _tensorboard(run) == {"reward/mean": [(0, 0.25), (1, 0.5)], "loss/nonfinite": [(1, 1.0)]}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of the writer that failed
+def test_a_full_disk_costs_tensorboard_the_steps_that_it_lasts(run: RunDirectory) -> None:
+    trackers = Trackers(_config("tensorboard"), run)
+    trackers.log(0, {"reward/mean": 0.0})
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1, unlimited[1]))
+        for step in (1, 2):
+            trackers.log(step, {"reward/mean": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    trackers.log(3, {"reward/mean": 3.0})
+    trackers.close()
+    assert _tensorboard(run) == {"reward/mean": [(0, 0.0), (3, 3.0)]}
 
 
 def test_resume_purges_what_will_be_logged_again(run: RunDirectory) -> None:

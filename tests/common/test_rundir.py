@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 from pathlib import Path
@@ -145,6 +146,9 @@ def test_what_killed_writers_left_is_cleared(tmp_path: Path) -> None:
 
 
 def test_one_process_at_a_time_trains_in_a_directory(run: RunDirectory) -> None:
+    # A directory's lock would, on NFS, hold on this machine alone.
+    with run.owned(), run.lock.open("r+b") as file, pytest.raises(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     with run.owned(), pytest.raises(ConfigError, match="is trained by another process"), run.owned():
         pass
     with run.owned():
