@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +29,8 @@ from deploy.session import EvaluationSession
 from rewards.pool import Scored
 from rollout.batch import RolloutError
 
+log = logging.getLogger(__name__)
+
 
 @ray.remote(num_cpus=0)
 def describe(groups: list[ray.ObjectRef], pictured: list[bool]) -> list[list[dict[str, Any]]]:
@@ -50,12 +54,13 @@ def _about(group: Group, pictures: bool) -> list[dict[str, Any]]:
     ]
 
 
-def evaluate(session: EvaluationSession, step: int) -> dict[str, Any]:
-    """Evaluates the weights that the replicas hold; writes eval/step-*.json and the samples of the report."""
+def evaluate(session: EvaluationSession, step: int, must_last: bool = True) -> dict[str, Any]:
+    """Evaluates the weights that the replicas hold; writes eval/step-*.json and the samples of the report. must_last:
+    OSError if they cannot be written; else that is a warning."""
     config, run = session.config, session.run
     session.progress.phase(f"evaluating {len(session.heldout)} held-out prompts at step {step}")
     shown = {prompt.id for prompt in evenly(session.heldout, config.evaluation.samples)}
-    batch = session.rollout.submit(evaluation_requests(config, session.heldout))
+    batch = session.rollout.submit(evaluation_requests(config, session.heldout), first=True)
 
     def read() -> tuple[Scored, list[list[dict[str, Any]]]]:
         scored = session.rewards.finish(tickets(session, batch))
@@ -74,24 +79,33 @@ def evaluate(session: EvaluationSession, step: int) -> dict[str, Any]:
     nothing = np.full(scored.total.shape, np.nan)
     strict = scored.total if strict is None else strict
     partial, ta = (nothing if column is None else column for column in (partial, ta))
-    rows = []
+    rows: list[Sample] = []
+    images: Counter[tuple[str, str]] = Counter()
     for place, prompt in enumerate(session.heldout):
+        tag = str(prompt.metadata.get("tag") or "untagged")
         for chain, about in enumerate(details[place]):
             rows.append(
                 Sample(
-                    tag=str(prompt.metadata.get("tag") or "untagged"),
+                    tag=tag,
                     prompt=prompt.text,
                     strict=float(strict[place, chain]),
                     partial=float(partial[place, chain]),
                     ta=float(ta[place, chain]),
-                    chain=chain,
+                    # A file may ask for the same twice: to people these are more images of one prompt.
+                    chain=images[tag, prompt.text] + chain,
                     **about,
                 )
             )
+        images[tag, prompt.text] += len(details[place])
     result = summarise(rows, version=session.version, step=step, judge=judge)
-    run.write_json(run.evaluation_file(step), result)
     samples = [row for row in rows if row.png]
-    write_samples(run.samples_file(step), samples)
+    try:
+        write_samples(run.samples_file(step), samples)
+        run.write_json(run.evaluation_file(step), result)  # last: an evaluation that has it is whole
+    except OSError as error:
+        if must_last:
+            raise
+        log.warning("the evaluation at step %d could not be written: %s", step, error)
     session.show(step, samples)
     event("evaluation", step=step, version=session.version, strict=result["strict"])
     session.progress.phase(

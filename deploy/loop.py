@@ -69,7 +69,7 @@ def steps(session: Session, first: int, began: float) -> Iterator[int]:
             learner.save(run.checkpoint(done), state | {"conditions": conditions(config)}, in_flight.finished())
             recent.clear()
         if _evaluated_at(config, done):
-            evaluate(session, step=done)
+            evaluate(session, step=done, must_last=last)
         yield step
         if stop:
             break

@@ -38,7 +38,7 @@ def refill(session: Session, step: int, batch: Batch, scored: Scored) -> tuple[S
         if not requests:
             break
         tried |= {request.prompt.id for request in requests.values()}
-        fresh = session.rollout.submit(list(requests.values()))
+        fresh = session.rollout.submit(list(requests.values()), first=True)
         scored = scored.replaced(list(requests), session.rewards.finish(tickets(session, fresh)))
         batch.adopt(list(requests), fresh)
         replaced += len(requests)

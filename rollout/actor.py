@@ -27,6 +27,10 @@ PROBE_LENGTH = 16
 PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.3}
 
 
+class ForgottenWeightsError(RuntimeError):
+    """The process is not the one that loaded what it is to generate with."""
+
+
 @dataclass(frozen=True)
 class Begun:
     """Reasoning that was paused for new weights: of each chain what there is and the oldest weights that made it; the
@@ -158,10 +162,16 @@ class RolloutReplica:
             )
 
     def generate(
-        self, requests: list[RolloutRequest], begun: Begun | None = None
+        self, requests: list[RolloutRequest], begun: Begun | None = None, holding: int | None = None
     ) -> tuple[RolloutStats | Group | Begun | None, ...]:
         """Statistics, then one Group per request, in order. If the reasoning was paused, None, what is begun, and None
-        for every further request: a call that is given it, of this replica or another, goes on from there."""
+        for every further request: a call that is given it, of this replica or another, goes on from there.
+
+        holding: the version that the caller knows of, -1 for what was built; ForgottenWeightsError if it is another.
+        Ray rebuilds an idle actor unheard, and serves its next call as if nothing had been.
+        """
+        if holding not in (None, self.version):
+            raise ForgottenWeightsError(f"weights version {holding} is wanted, but {self.version} is held")
         if self.mixed:
             raise RuntimeError("the last load of weights failed, so this replica may hold a mixture")
         chat, version = self.checkpoint.chat, self.version

@@ -24,6 +24,7 @@ from common.runtime import one_line
 from common.timeline import span
 from common.transport import LostWeightsError, Publication, TransportError
 from common.types import RolloutRequest, RolloutStats
+from rollout.actor import ForgottenWeightsError
 from rollout.batch import Batch, FollowUp, RolloutError, Work
 from rollout.faults import Faults
 from rollout.replica import STATES, Call, Replica
@@ -161,13 +162,14 @@ class RolloutPool:
         requests: list[RolloutRequest],
         kept: Mapping[int, tuple[ray.ObjectRef, RolloutStats]] | None = None,
         follow_up: FollowUp | None = None,
+        first: bool = False,
     ) -> Batch:
         """Queues groups; returns at once. kept: groups that are there already, by their place; follow_up: see `Batch`,
-        must not block."""
+        must not block; first: before all that is queued, since the caller waits for these now."""
         batch = Batch(requests, self._stalled, follow_up)
         for place, (ref, stats) in (kept or {}).items():
             batch.finish([place], [ref], stats)
-        self._enqueue(batch, [place for place in range(len(requests)) if place not in (kept or {})])
+        self._enqueue(batch, [place for place in range(len(requests)) if place not in (kept or {})], first)
         return batch
 
     def _stalled(self) -> Exception | None:
@@ -180,7 +182,7 @@ class RolloutPool:
         log.warning("%d groups were lost with their node; they are generated again", len(lost))
         with self._changed:
             self.rerun_groups += len(lost)
-        self._enqueue(batch, lost)
+        self._enqueue(batch, lost, first=True)
 
     def cancel(self) -> None:
         """Forgets all work: what is queued is not begun, what is being made is not used."""
@@ -198,14 +200,17 @@ class RolloutPool:
         for replica in self.replicas:
             replica.end()
 
-    def _enqueue(self, batch: Batch, places: list[int]) -> None:
+    def _enqueue(self, batch: Batch, places: list[int], first: bool) -> None:
         size = self.config.rollout.groups_per_call
+        pieces = [places[i : i + size] for i in range(0, len(places), size)]
+        work = [Work([batch.requests[place] for place in piece], batch, piece) for piece in pieces]
         with self._changed:
             if error := self._broken or self._orphaned:
                 raise error
-            for i in range(0, len(places), size):
-                piece = places[i : i + size]
-                self._queue.append(Work([batch.requests[place] for place in piece], batch, piece))
+            if first:
+                self._queue.extendleft(reversed(work))
+            else:
+                self._queue.extend(work)
         self._events.put(None)
 
     def _under_way(self) -> list[Work]:
@@ -296,7 +301,7 @@ class RolloutPool:
             replica.serving, replica.again_at = False, time.monotonic() + TICK_S
             self._missing(call.weights)
         elif isinstance(cause, TransportError):
-            log.warning("%s: %s; it is sent again", replica.name, cause)
+            self._unsent(replica, call.weights, cause)
         elif isinstance(error, RayTaskError):
             self._wrong(replica, str(cause))
         elif error is not None:
@@ -331,7 +336,12 @@ class RolloutPool:
             span(replica.name, "drawing", stats.started + stats.reasoning_s, stats.drawing_s)
             work.batch.finish(work.places, call.refs, stats)
             return
-        if isinstance(error, RayTaskError):
+        if isinstance(error, RayTaskError) and isinstance(error.cause, ForgottenWeightsError):
+            # It died while idle. What is to be generated goes to whoever has the weights, which it gets again.
+            self.restarts += 1
+            replica.holds = None
+            event("replica_lost", replica=replica.name, reason="it died while idle")
+        elif isinstance(error, RayTaskError):
             work.errors += 1
             if not isinstance(error.cause, ObjectLostError):  # of what was begun, whose node is lost
                 # An engine that died within a living process fails at everything, sooner than others finish.
@@ -386,6 +396,17 @@ class RolloutPool:
         if weights and weights is self.weights and (lost := self._faults.missing(weights, self.replicas)):
             self._orphaned = lost
             self._fail_all(lost)
+
+    def _unsent(self, replica: Replica, weights: Publication | None, error: TransportError) -> None:
+        """It is sent again, unless whoever sends it is lost: a rebuilt learner publishes again."""
+        log.warning("%s: %s; it is sent again", replica.name, error)
+        if weights is None or weights is not self.weights:
+            return
+        try:
+            weights.check()
+        except RuntimeError as lost:
+            self._orphaned = LostWeightsError(f"weights version {weights.manifest.version} cannot be sent: {lost}")
+            self._fail_all(self._orphaned)
 
     def _overdue(self, replica: Replica, call: Call) -> None:
         waited = time.monotonic() - call.started

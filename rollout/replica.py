@@ -81,7 +81,8 @@ class Replica:
     def generate(self, work: Work) -> None:
         """Gives out work."""
         call = self.handle.generate.options(num_returns=1 + len(work.requests))
-        stats, *refs = call.remote(work.requests, work.begun)
+        holding = self.holds.manifest.version if self.holds else -1
+        stats, *refs = call.remote(work.requests, work.begun, holding)
         self._begin("generate", stats, work=work, refs=refs)
 
     def pause_for(self, weights: Publication) -> None:

@@ -35,7 +35,7 @@ from deploy.requests import training_requests
 from rollout.actor import RolloutReplica
 from rollout.batch import Batch, RolloutError, Work
 from rollout.pool import RolloutPool
-from rollout.replica import PAUSE, STATES, Call
+from rollout.replica import PAUSE, STATES, Call, Replica
 
 DEADLINE_S = 200
 
@@ -72,6 +72,15 @@ def submit(pool: RolloutPool, config: TrainConfig) -> Batch:
 
 def pids_of(pool: RolloutPool) -> list[int]:
     return ray.get([replica.handle.__ray_call__.remote(lambda _: os.getpid()) for replica in pool.replicas])
+
+
+def answers(replica: Replica) -> str:
+    """Which start of the actor does; none while Ray rebuilds it."""
+    try:
+        start: str = ray.get(replica.handle.ping.remote())
+    except RayActorError:
+        return ""
+    return start
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -117,8 +126,10 @@ def test_a_hung_and_a_killed_replica_are_restarted_and_given_the_weights(
     calm, restarts = collect(pool, config), pool.restarts
     hung, killed = pool.replicas
     pids = pids_of(pool)
-    os.kill(pids[0], signal.SIGSTOP)
     os.kill(pids[1], signal.SIGKILL)
+    # Ray rebuilds it before it is needed again, so that no call fails.
+    until(lambda: answers(killed) not in ("", killed.answered))
+    os.kill(pids[0], signal.SIGSTOP)
     batch = submit(pool, config)
     until(lambda: hung.call is not None and hung.call.kind == "generate")
     assert hung.call is not None

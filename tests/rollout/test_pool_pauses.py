@@ -1,4 +1,5 @@
-"""What the pool does with work that is paused for a version. Its replicas are scripted; test_pool.py has real ones."""
+"""What the pool does with work that is paused, urgent, or given to a replica without the weights. Its replicas are
+scripted; test_pool.py has real ones."""
 
 from __future__ import annotations
 
@@ -9,11 +10,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from ray.exceptions import RayTaskError
 
 from common.config import TrainConfig
 from common.recipe import load_config
+from common.transport import LostWeightsError, TransportError
 from common.transport.object_store import ObjectStorePublication
 from common.types import Prompt, RolloutRequest, RolloutStats, WeightManifest
+from rollout.actor import ForgottenWeightsError
 from rollout.pool import RolloutPool
 from rollout.replica import Replica
 
@@ -50,6 +54,7 @@ class Script:
     def __init__(self) -> None:
         self.heard: list[tuple[Any, ...]] = []
         self.under_way: Ref | None = None
+        self.fails_to_load: Exception | None = None
         self.generating = threading.Semaphore(0)
 
     def __getattr__(self, name: str) -> Method:
@@ -60,6 +65,8 @@ class Script:
 
     def _load_weights(self, manifest: WeightManifest, ticket: Any) -> Ref:
         self.heard.append(("load", manifest.version))
+        if self.fails_to_load:
+            return failed(self.fails_to_load)
         return done(manifest.checksum)
 
     def _pause(self, version: int) -> None:
@@ -67,7 +74,8 @@ class Script:
         assert self.under_way is not None
         self.under_way.future_.set_result(None)
 
-    def _generate(self, requests: list[RolloutRequest], begun: Any) -> list[Any]:
+    def _generate(self, requests: list[RolloutRequest], begun: Any, holding: int) -> list[Any]:
+        self.asked, self.holding = requests, holding
         self.heard.append(("generate", begun))
         self.under_way = Ref()
         self.generating.release()
@@ -81,6 +89,12 @@ class Script:
 def done(value: Any) -> Ref:
     ref = Ref()
     ref.future_.set_result(value)
+    return ref
+
+
+def failed(cause: Exception) -> Ref:
+    ref = Ref()
+    ref.future_.set_exception(RayTaskError("method", "trace", cause))
     return ref
 
 
@@ -157,6 +171,50 @@ def test_paused_work_that_nobody_wants_is_forgotten(pool: RolloutPool, script: S
     assert script.heard[-1] == ("load", 8) and pool.continued_groups == 0
     pool.submit(REQUESTS)
     assert script.generating.acquire(timeout=DEADLINE_S) and script.heard[-1] == ("generate", None)
+
+
+def test_a_replica_that_was_rebuilt_while_idle_loads_before_it_generates(pool: RolloutPool, script: Script) -> None:
+    batch = begin(pool, script)
+    assert script.holding == 7 and script.under_way is not None
+    cause = ForgottenWeightsError("weights version 7 is wanted, but -1 is held")
+    script.under_way.future_.set_exception(RayTaskError("generate", "trace", cause))
+    assert script.generating.acquire(timeout=DEADLINE_S)
+    script.end(7)
+    assert len(dict(batch.arrivals(DEADLINE_S))) == 2 and pool.restarts == 1
+    assert [name for name, _ in script.heard] == ["load", "generate", "load", "generate"]
+
+
+def test_what_is_waited_for_goes_before_what_is_queued(pool: RolloutPool, script: Script) -> None:
+    begin(pool, script)
+    ahead, urgent = pool.submit(REQUESTS), pool.submit(REQUESTS[::-1] * 2, first=True)
+    script.end(7)
+    for asked in (REQUESTS[::-1], REQUESTS[::-1], REQUESTS):
+        assert script.generating.acquire(timeout=DEADLINE_S)
+        assert script.asked == asked
+        script.end(7)
+    assert [len(dict(batch.arrivals(DEADLINE_S))) for batch in (urgent, ahead)] == [4, 2]
+
+
+def test_weights_whose_sender_is_lost_are_asked_for_anew(pool: RolloutPool, script: Script) -> None:
+    class Dead(ObjectStorePublication):
+        def check(self) -> None:
+            raise RuntimeError("rank 0 died")
+
+    weights = version(8)
+    pool.sync(weights)
+    dead = Dead(weights.manifest, [])
+    dead.__dict__["_ticket"] = "ticket"
+    script.fails_to_load = TransportError("nobody answers")
+    batch = pool.submit(REQUESTS)
+    assert script.generating.acquire(timeout=DEADLINE_S)
+    pool.weights = dead  # as if all had died since they acknowledged it
+    script.end(8)
+    with pytest.raises(LostWeightsError, match="version 8 cannot be sent: rank 0 died"):
+        list(pool.submit(REQUESTS, first=True).arrivals(DEADLINE_S))
+    script.fails_to_load = None
+    pool.cancel()
+    pool.sync(version(9))
+    assert script.heard[-1] == ("load", 9) and len(list(batch.arrivals(DEADLINE_S))) == 2
 
 
 def test_a_transfer_that_all_take_part_in_begins_when_the_last_is_free(script: Script) -> None:
