@@ -31,7 +31,7 @@ from learner.engine import Engine, init_process_group
 from learner.publish import Publisher
 from learner.reference import HostReference
 from learner.refl import ReFLUpdater
-from learner.self_test import CHAINS, Comparison, compare
+from learner.self_test import CHAINS, Comparison, Seen, compare
 from learner.update import MicroBatch, Updater, lay_out, metrics_of, share_out, sums_of
 
 
@@ -130,21 +130,31 @@ class LearnerRank:
         with timed(f"learner-{self.rank}", "fetch"):
             self.groups: dict[int, Group] = dict(zip(wanted, ray.get([refs[b] for b in wanted]), strict=True))
 
+    def take_for_test(self, refs: list[ray.ObjectRef]) -> None:
+        """Fetches the group that `self_test` looks at; apart from it as `take` is from `update`."""
+        self.tested: Group = ray.get(refs[self.rank % len(refs)])
+
     @torch.no_grad()
-    def self_test(self, refs: list[ray.ObjectRef]) -> Comparison | None:
+    def self_test(self) -> Comparison | None:
         """A few chains of one of the groups, as the rollout and as this rank sees them; None for those of other
         weights than these, which cannot agree."""
-        group: Group = ray.get(refs[self.rank % len(refs)])
-        chains = [(group, chain) for chain in group.chains[:CHAINS]]
-        micro = self._lay_out(chains, [0.0] * len(chains), [0.0] * len(chains))
-        # On every rank, whatever its chains: with ZeRO-3 a forward is a collective.
-        output = self.updater.forward(self.engine.module, micro)
-        with torch.enable_grad():
-            again = self.updater.forward(self.engine.module, micro)
-        reference = self.updater.references([[micro]])[0][0] if self.version == 0 else None
-        if not micro.on_policy.all():
+        chains = [(self.tested, chain) for chain in self.tested.chains[:CHAINS]]
+        size = self.config.learner.chains_per_micro_batch
+        seen = []
+        # In micro-batches as the update's, and on every rank, whatever its chains: with ZeRO-3 a forward is a
+        # collective.
+        for start in range(0, len(chains), size):
+            piece = chains[start : start + size]
+            micro = self._lay_out(piece, [0.0] * len(piece), [0.0] * len(piece))
+            output = self.updater.forward(self.engine.module, micro)
+            with torch.enable_grad():
+                again = self.updater.forward(self.engine.module, micro)
+            again = PolicyOutput(again.logprobs.detach(), again.entropy.detach(), again.velocity.detach())
+            reference = self.updater.references([[micro]])[0][0] if self.version == 0 else None
+            seen.append(Seen(micro, output, again, reference))
+        if not all(s.micro.on_policy.all() for s in seen):
             return None
-        return compare(micro, output, again, reference, self.config.sampling)
+        return compare(seen, self.config.sampling)
 
     def update(self, step: int) -> dict[str, float]:
         """One joint update from all groups that the ranks took; metrics of all ranks. Without any contributing chain or

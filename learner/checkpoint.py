@@ -21,7 +21,7 @@ import numpy as np
 from safetensors.torch import save_file
 from torch import Tensor
 
-from common.checkpoint_files import CheckpointError, read_json, read_tensors
+from common.checkpoint_files import CheckpointError, opened, read_json, read_tensors, sha256
 from common.lora import plain_weights
 from common.policy import OpenPolicy
 from common.records import write_groups
@@ -92,7 +92,7 @@ def _write_files(
     save_file(optimizer, aside / "optimizer.safetensors")
     (aside / "state.json").write_text(json.dumps(state, indent=2))
     files = sorted(p for p in aside.rglob("*") if p.is_file())
-    manifest = {str(p.relative_to(aside)): _digest(p) for p in files}
+    manifest = {str(p.relative_to(aside)): sha256(p) for p in files}
     (aside / MANIFEST).write_text(json.dumps(manifest, indent=2))
 
 
@@ -103,7 +103,7 @@ def verify(directory: Path) -> dict[str, Any]:
         path = directory / name
         if not path.resolve().is_relative_to(directory.resolve()):
             raise CheckpointError(f"{directory / MANIFEST} names {name}, outside the checkpoint; do not trust it")
-        if not path.exists() or _digest(path) != digest:
+        if not path.exists() or sha256(path) != digest:
             raise CheckpointError(f"{path} is missing or damaged; resume from an earlier checkpoint")
     return read_state(directory)
 
@@ -122,7 +122,7 @@ def newest_whole(directory: Path) -> tuple[Path, dict[str, Any]] | None:
 def written(directory: Path) -> list[Path]:
     """Checkpoints that were written to their end, by step."""
     steps = {path: path.name.removeprefix("step-") for path in directory.glob("step-*")}
-    whole = [path for path, step in steps.items() if step.isdigit() and (path / MANIFEST).exists()]
+    whole = [path for path, step in steps.items() if step.isdecimal() and (path / MANIFEST).exists()]
     return sorted(whole, key=lambda path: int(steps[path]))
 
 
@@ -136,6 +136,12 @@ def read_state(directory: Path) -> dict[str, Any]:
     return read_json(directory / "state.json")
 
 
+def trained(directory: Path) -> set[str]:
+    """Names of the parameters that a checkpoint holds masters of."""
+    with opened(directory / "optimizer.safetensors") as file:
+        return {name.removeprefix("master.") for name in file.keys() if name.startswith("master.")}  # noqa: SIM118
+
+
 def read_optimizer(directory: Path) -> dict[str, Tensor]:
     """fp32 masters and moments by name."""
     return read_tensors(directory / "optimizer.safetensors")
@@ -146,10 +152,5 @@ def identity(directories: Sequence[Path]) -> str:
     named = ""
     for directory in directories:
         files = sorted(p for p in directory.rglob("*") if p.suffix in {".safetensors", ".json"})
-        named += "".join(f"{p.relative_to(directory)} {_digest(p)}\n" for p in files)
+        named += "".join(f"{p.relative_to(directory)} {sha256(p)}\n" for p in files)
     return hashlib.sha256(named.encode()).hexdigest()
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -165,7 +165,8 @@ class LearnerGroup:
         return metrics
 
     def _self_test(self, step: int, groups: list[ray.ObjectRef]) -> None:
-        found = [comparison for comparison in self._all("self_test", groups) if comparison is not None]
+        self._all("take_for_test", groups)
+        found = [comparison for comparison in self._all("self_test") if comparison is not None]
         dtypes = (self.config.rollout.dtype, self.config.learner.dtype)
         for comparison in found:
             if problem := verdict(comparison, "bfloat16" if "bfloat16" in dtypes else "float32"):

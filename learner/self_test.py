@@ -6,6 +6,7 @@ The same weights must give the same numbers on both sides, up to rounding. What 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,6 +51,17 @@ class Comparison:
     reference: float = 0.0
 
 
+@dataclass(frozen=True)
+class Seen:
+    """One micro-batch of chains, as these weights see it: output, a pass without gradients; again, the same as it is
+    when gradients are taken; reference, the reference's, if these weights are where it started."""
+
+    micro: MicroBatch
+    output: PolicyOutput
+    again: PolicyOutput
+    reference: PolicyOutput | None
+
+
 def _difference(one: PolicyOutput, other: PolicyOutput | None) -> float:
     """Of log-probs and velocities of the same arithmetic: it is 0, or something is wrong."""
     if other is None:
@@ -58,33 +70,36 @@ def _difference(one: PolicyOutput, other: PolicyOutput | None) -> float:
     return float(np.max([(a - b).abs().max().item() for a, b in pairs if a.numel()]))
 
 
-def compare(
-    micro: MicroBatch, output: PolicyOutput, again: PolicyOutput, reference: PolicyOutput | None, sampling: Sampling
-) -> Comparison:
-    """micro: chains of the very weights that made output; again: the same pass as it is when gradients are taken;
-    reference: the reference's, if these weights are where it started. A half that was not sampled (no reasoning, no
-    noise) agrees."""
-    text = (output.logprobs - micro.behaviour).abs()
-    move = flow.SAMPLERS[sampling.sampler].step(micro.packed.t, micro.t_next, sampling.noise_level)
+def compare(seen: Sequence[Seen], sampling: Sampling) -> Comparison:
+    """Of chains of the very weights that saw them. A half that was not sampled (no reasoning, no noise) agrees."""
+    text = torch.cat([(s.output.logprobs - s.micro.behaviour).abs() for s in seen])
+    t, t_next = (torch.cat(times) for times in zip(*((s.micro.packed.t, s.micro.t_next) for s in seen), strict=True))
     image = noise = 0.0
     if sampling.noise_level:
-        mean, mean_old = (flow.mean_of(move, micro.packed.x_t, v) for v in (output.velocity, micro.v_old))
+        move = flow.SAMPLERS[sampling.sampler].step(t, t_next, sampling.noise_level)
+        x_t, x_next, v, v_old = (
+            torch.cat(parts)
+            for parts in zip(
+                *((s.micro.packed.x_t, s.micro.x_next, s.output.velocity, s.micro.v_old) for s in seen), strict=True
+            )
+        )
+        mean, mean_old = flow.mean_of(move, x_t, v), flow.mean_of(move, x_t, v_old)
         std = move.std[:, None, None]
         image = ((mean - mean_old) / std).square().flatten(1).mean(1).sqrt().max().item()
-        z = (micro.x_next - mean_old) / std
+        z = (x_next - mean_old) / std
         noise = (z.square().mean().item() - 1) / math.sqrt(2 / z.numel())
     schedule = np.array(flow.timesteps(sampling.points, sampling.shift), np.float32)
-    place = np.searchsorted(-schedule, -micro.packed.t.cpu().numpy())
+    place = np.searchsorted(-schedule, -t.cpu().numpy())
     pairs = np.stack([schedule[:-1], schedule[1:]])[:, np.clip(place, 0, len(schedule) - 2)]
-    found = torch.stack([micro.packed.t, micro.t_next]).cpu().numpy()
+    found = torch.stack([t, t_next]).cpu().numpy()
     return Comparison(
         text.mean().item() if len(text) else 0.0,
         text.max().item() if len(text) else 0.0,
         image,
         bool(np.allclose(pairs, found, rtol=0, atol=1e-6)),
         noise,
-        _difference(output, again),
-        _difference(output, reference),
+        float(np.max([_difference(s.output, s.again) for s in seen])),
+        float(np.max([_difference(s.output, s.reference) for s in seen])),
     )
 
 

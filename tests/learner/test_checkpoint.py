@@ -91,7 +91,7 @@ def test_an_interrupted_write_is_never_taken(
 ) -> None:
     """Failed at any file: the older checkpoint stays, and nothing is left of the new one, not even used space."""
     older = write(tmp_path, golden_checkpoint, masters, 5, keep=1)
-    real = run_checkpoint._digest
+    real = run_checkpoint.sha256
     calls = []
 
     def dies(path: Path) -> str:
@@ -100,7 +100,7 @@ def test_an_interrupted_write_is_never_taken(
             raise OSError("no space left on device")
         return real(path)
 
-    monkeypatch.setattr(run_checkpoint, "_digest", dies)
+    monkeypatch.setattr(run_checkpoint, "sha256", dies)
     with pytest.raises(OSError, match="no space left"):
         write(tmp_path, golden_checkpoint, masters, 10, keep=1)
     monkeypatch.undo()
