@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from common.config import Reward
 from common.types import Group, NonFiniteError, Rewards
 from rewards.replicas import Outcome, Replicas
 from rewards.scorer import check
+
+MOST_BARREN = 3  # batches in a row at which a scorer failed altogether
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class RewardPool:
         check(scorers)
         self._scorers, self._on_nonfinite = scorers, on_nonfinite
         self._replicas: list[Replicas] = []
+        self._barren: Counter[str] = Counter()
         try:
             for scorer in scorers:
                 self._replicas.append(Replicas(scorer, run_name))
@@ -89,8 +93,8 @@ class RewardPool:
     def finish(self, tickets: Sequence[Ticket]) -> Scored:
         """Waits for the scores of groups of equal size, in their order. ValueError for none or unequal ones;
         ObjectLostError if a group was lost with its node; NonFiniteError if a score was NaN or infinite and
-        on_nonfinite is stop; RuntimeError if a scorer has lost all its actors for good, or gives no score any more;
-        ConfigError if it lost them for want of room."""
+        on_nonfinite is stop; RuntimeError if a scorer has lost all its actors for good, gives no score within its time,
+        or failed at every group of the last MOST_BARREN calls; ConfigError if it lost them for want of room."""
         sizes = sorted({ticket.size for ticket in tickets})
         if len(sizes) != 1:
             raise ValueError(f"tickets are of groups with {sizes} chains; give at least one, all of the same size")
@@ -104,6 +108,7 @@ class RewardPool:
         components: dict[str, NDArray[np.float32]] = {}
         for scorer, column in zip(self._scorers, zip(*outcomes, strict=True), strict=True):
             rewards = [outcome.rewards for outcome in column]
+            self._heed(scorer, column)
             if wrong := [len(r.values) for r in rewards if r is not None and len(r.values) != size]:
                 raise ValueError(f"a group was started with size {size} but has {wrong[0]} chains; correct size")
             nonfinite += self._nonfinite(scorer, rewards)
@@ -130,6 +135,16 @@ class RewardPool:
                         f"reward {scorer.name}: no group was scored for {replicas.patience_s:.0f} s (all tries of "
                         f"rewards.deadline_s, with a restart after each); {len(waiting)} of {len(tickets)} are missing"
                     )
+
+    def _heed(self, scorer: Reward, outcomes: Sequence[Outcome]) -> None:
+        """A run whose steps all go unscored would come to its end without having learned."""
+        failed = all(outcome.rewards is None for outcome in outcomes)
+        self._barren[scorer.name] = self._barren[scorer.name] + 1 if failed else 0
+        if self._barren[scorer.name] >= MOST_BARREN:
+            raise RuntimeError(
+                f"reward {scorer.name} failed at every group, {MOST_BARREN} times in a row; the last one: "
+                f"{outcomes[-1].problem}"
+            )
 
     def _nonfinite(self, scorer: Reward, rewards: Iterable[Rewards | None]) -> int:
         count = sum(r.nonfinite for r in rewards if r is not None)

@@ -37,10 +37,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a group: its rewards, None if every try failed, and when (time.monotonic)."""
+    """What became of a group: its rewards, None if every try failed, when (time.monotonic), and why the last try
+    failed."""
 
     rewards: Rewards | None
     finished: float
+    problem: str = ""
 
 
 @dataclass(eq=False)
@@ -227,7 +229,7 @@ class Replicas:
         if final:
             log.warning("%s: a group is masked after %d tries: %s", self._actor_name(index), len(job.failed_on), why)
             event("reward_masked", reward=self.scorer.name, tries=len(job.failed_on), reason=why)
-            job.future.set_result(Outcome(None, time.monotonic()))
+            job.future.set_result(Outcome(None, time.monotonic(), why))
         return lost
 
     def _rejoin(self, index: int) -> None:
