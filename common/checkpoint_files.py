@@ -4,6 +4,7 @@ map and checked by their headers. Imports torch only to write.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +29,12 @@ _REMEDY = "convert it to safetensors on the machine that made it"
 
 class CheckpointError(ConfigError):
     """A checkpoint that cannot be used; the message names the file, the entry and the remedy."""
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _missing(path: Path) -> CheckpointError:

@@ -68,7 +68,7 @@ def apply_overrides(data: dict[str, Any], overrides: list[str]) -> dict[str, Any
         node: Any = data
         *parents, last = key.split(".")
         for part in parents:
-            if part.isdigit() and not isinstance(node, list):
+            if part.isdecimal() and not isinstance(node, list):
                 raise ConfigError(f"override {key}: the recipe has no list there; write the list into a recipe file")
             node = node[_entry(node, part, key)] if isinstance(node, list) else node.setdefault(part, {})
             if not isinstance(node, dict | list):
@@ -78,7 +78,7 @@ def apply_overrides(data: dict[str, Any], overrides: list[str]) -> dict[str, Any
 
 
 def _entry(node: list[Any], part: str, key: str) -> int:
-    if not part.isdigit() or int(part) >= len(node):
+    if not part.isdecimal() or int(part) >= len(node):
         raise ConfigError(f"override {key}: {part} is not an entry of a list of {len(node)}")
     return int(part)
 

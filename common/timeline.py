@@ -72,4 +72,4 @@ def chrome_trace(spans: Iterable[Span]) -> dict[str, Any]:
 def _order(track: str) -> tuple[bool, str, int]:
     """The driver first, then by name and number: rollout-2 before rollout-10."""
     name, _, number = track.rpartition("-")
-    return (track != "driver", name or track, int(number) if number.isdigit() else -1)
+    return (track != "driver", name or track, int(number) if number.isdecimal() else -1)

@@ -242,7 +242,7 @@ def reproduce(
     from deploy.reproduction.rows import Plan, check_out, check_overrides, check_rows, default_out
 
     numbers = seeds.split(",")
-    if not all(number.strip().isdigit() for number in numbers):
+    if not all(number.strip().isdecimal() for number in numbers):
         raise ConfigError(f"--seeds is {seeds!r}; give numbers such as 0,1,2")
     chosen = check_rows([row.strip() for row in rows.split(",") if row.strip()])
     plan = Plan(
@@ -292,7 +292,7 @@ def schema() -> None:
 def main() -> None:
     """Entry point: bad input is one line on stderr and exit code 2; a run that stops over NaN, infinity or its
     self-test, code 1."""
-    if not os.environ.get("RAY_ADDRESS"):
+    if not os.environ.get("RAY_ADDRESS") or sys.argv[1:2] == ["sft"]:  # which starts its own Ray in any case
         # On this machine alone everything listens on loopback: Ray, which reads this when it is imported and names it
         # after its first use, and the actors' process groups.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")

@@ -36,9 +36,10 @@ class Demand:
     given: Resources
 
 
-def demands(config: TrainConfig, learner_too: bool = True) -> list[Demand]:
-    """The actors that a run, or an evaluation, which has no learner, cannot begin without."""
-    fewest, _ = config.replica_bounds
+def demands(config: TrainConfig, learner_too: bool = True, replicas: int | None = None) -> list[Demand]:
+    """The actors that a run, or an evaluation, which has no learner, cannot begin without. replicas: how many a live
+    run was told to have."""
+    fewest = min(config.replica_bounds[0], replicas or config.replica_bounds[0])
     return [
         *(Demand(kind, fewest, given) for kind, given in config.rollout.actors.items()),
         *([Demand("learner", config.learner.ranks, config.learner)] if learner_too else []),
@@ -84,18 +85,33 @@ def check_parameters(config: TrainConfig, model: Outline) -> str:
     return table(policy, config.optimizer)
 
 
+def trained_names(config: TrainConfig) -> set[str]:
+    """Names of the parameters that a run trains."""
+    from common.parameters import choose, groups
+    from common.policy import outline
+
+    policy = outline(config.model).skeleton()
+    choose(policy, config.learner, config.optimizer)
+    return {name for pairs in groups(policy, config.optimizer).values() for name, _ in pairs}
+
+
 def check_image(config: TrainConfig, model: Outline) -> None:
     """ConfigError for an image size that the model cannot draw, or a clip that is nothing at that size."""
     from common.flow import image_clip
 
-    try:
-        rows, cols = model.grid(config.model.height, config.model.width)
-    except ValueError as error:
-        raise ConfigError(f"model.height x model.width: {error}") from error
+    rows, cols = check_size(config, model)
     try:
         image_clip(config.objective.image_clip, rows * cols * model.token_dim)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def check_size(config: TrainConfig, model: Outline) -> tuple[int, int]:
+    """Rows and columns of image tokens. ConfigError for an image size that the model cannot draw."""
+    try:
+        return model.grid(config.model.height, config.model.width)
+    except ValueError as error:
+        raise ConfigError(f"model.height x model.width: {error}") from error
 
 
 def check_guidance(config: TrainConfig, model: Outline) -> None:
@@ -126,9 +142,8 @@ def check_lengths(config: TrainConfig, model: Outline, prompts: list[Prompt]) ->
             )
 
 
-def check_resources(config: TrainConfig, capacity: Mapping[str, float], learner_too: bool = True) -> None:
+def check_resources(asked: Sequence[Demand], capacity: Mapping[str, float]) -> None:
     """ConfigError if the actors together ask for more than the cluster has; capacity by Ray's resource names."""
-    asked = demands(config, learner_too)
     for name in dict.fromkeys(name for demand in asked for name in demand.given.asked):
         shares = [(d.kind, d.count, d.given.asked.get(name, 0.0)) for d in asked]
         want, have = sum(count * each for _, count, each in shares), capacity.get(name, 0.0)
@@ -141,9 +156,9 @@ def check_resources(config: TrainConfig, capacity: Mapping[str, float], learner_
             )
 
 
-def check_fits(config: TrainConfig, nodes: Sequence[Mapping[str, float]], learner_too: bool = True) -> None:
+def check_fits(wanted: Sequence[Demand], nodes: Sequence[Mapping[str, float]]) -> None:
     """ConfigError if an actor is larger than any one node, there or still to come: it would wait for ever."""
-    for demand in demands(config, learner_too):
+    for demand in wanted:
         asked = {name: amount for name, amount in demand.given.asked.items() if amount}
         if not any(all(node.get(name, 0.0) >= amount for name, amount in asked.items()) for node in nodes):
             sizes = sorted({", ".join(f"{node.get(name, 0.0):g} {_plural(name)}" for name in asked) for node in nodes})

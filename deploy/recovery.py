@@ -11,8 +11,7 @@ from ray.exceptions import ObjectLostError
 from common.events import event
 from common.runtime import one_line
 from common.transport import LostWeightsError
-from deploy.session import EvaluationSession, Session
-from learner import checkpoint as run_checkpoint
+from deploy.session import EvaluationSession, Session, last_checkpoint
 from learner.group import LostLearnerError
 from rollout.batch import Batch
 
@@ -37,7 +36,7 @@ class Recovery:
 
     def after(self, error: LostLearnerError | LostWeightsError) -> int:
         """Rebuilds; the step to go on from. The error itself if the learner, or what it published, was lost too often
-        in a row."""
+        in a row; ConfigError if no checkpoint is whole any more."""
         while True:
             self._tries += 1
             if self._tries > MAX_TRIES:
@@ -52,7 +51,7 @@ class Recovery:
     def _back(self) -> int:
         session = self._session
         session.rollout.cancel()
-        found = run_checkpoint.newest_whole(session.run.checkpoints)
+        found = last_checkpoint(session.run, session.config.checkpoints.every)
         path, step = (found[0], int(found[1]["step"])) if found else (None, 0)
         session.progress.phase(f"the learner was lost; it goes on from step {step}")
         session.learner.rebuild(path)

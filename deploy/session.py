@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray.exceptions import AuthenticationError
@@ -27,7 +28,7 @@ from deploy.cluster import capacity, nodes
 from deploy.control import Control
 from deploy.evaluation import Sample
 from deploy.local_ray import start_ray
-from deploy.preflight import check_fits, check_inputs, check_resources, local_cpus
+from deploy.preflight import check_fits, check_inputs, check_resources, demands, local_cpus, trained_names
 from deploy.progress import Progress
 from learner import checkpoint as run_checkpoint
 from learner.group import LearnerGroup
@@ -85,17 +86,19 @@ class Session(EvaluationSession):
         timeline.step_done(self, step)
 
 
-def connect(config: TrainConfig, learner_too: bool = True) -> None:
-    """Joins the cluster that RAY_ADDRESS (set inside a Ray job) names, or starts a local one of this machine's CPUs."""
+def connect(config: TrainConfig, learner_too: bool = True, replicas: int | None = None) -> None:
+    """Joins the cluster that RAY_ADDRESS (set inside a Ray job) names, or starts a local one of this machine's CPUs.
+    replicas: how many are to start, where `unigrpo scale` asked for another number than the recipe."""
+    wanted = demands(config, learner_too, replicas)
     check_versions()
     address = os.environ.get("RAY_ADDRESS")
     if address:
         _join(address)
     else:
-        check_resources(config, {"CPU": local_cpus(), "GPU": float("inf")}, learner_too)
+        check_resources(wanted, {"CPU": local_cpus(), "GPU": float("inf")})
         start_ray(local_cpus(), object_store_memory=512 << 20)
-    check_resources(config, capacity(), learner_too)
-    check_fits(config, nodes(), learner_too)
+    check_resources(wanted, capacity())
+    check_fits(wanted, nodes())
 
 
 def _join(address: str) -> None:
@@ -103,7 +106,7 @@ def _join(address: str) -> None:
     os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "3")  # tries, a second apart
     host, colon, port = address.rpartition(":")
     try:
-        if colon and port.isdigit() and "/" not in host:
+        if colon and port.isdecimal() and "/" not in host:
             check_answers(host.strip("[]"), int(port))
         ray.init(address=address, log_to_driver=False)
     except (AuthenticationError, OSError, RuntimeError, ValueError) as error:
@@ -114,10 +117,9 @@ def _join(address: str) -> None:
         ) from error
 
 
-def _last_checkpoint(config: TrainConfig, run: RunDirectory, every: int) -> tuple[Path | None, int]:
-    """Where a resumed run goes on, and at which step; (None, 0) for one that was stopped before its first checkpoint.
-    every: steps between the checkpoints that it wrote until now, whatever it is to write from here on.
-    ConfigError if none that was written is whole any more, or the reference is another one."""
+def last_checkpoint(run: RunDirectory, every: int) -> tuple[Path, dict[str, Any]] | None:
+    """Where a run goes on, and the state there; None for one that was stopped before its first checkpoint. every: steps
+    between the checkpoints that it wrote until now. ConfigError if none that was written is whole any more."""
     found = run_checkpoint.newest_whole(run.checkpoints)
     if not found:
         if run_checkpoint.written(run.checkpoints):
@@ -132,12 +134,28 @@ def _last_checkpoint(config: TrainConfig, run: RunDirectory, every: int) -> tupl
                 f"{run.checkpoints} holds no checkpoint although {done} steps are done; restore one, or start a new "
                 "run: this one would begin at step 0"
             )
+    return found
+
+
+def _resumed(config: TrainConfig, run: RunDirectory, every: int) -> tuple[Path | None, int]:
+    """The checkpoint that a run is resumed from, and its step. ConfigError as of `last_checkpoint`, or if the reference
+    or what is trained is another than before."""
+    found = last_checkpoint(run, every)
+    if not found:
         return None, 0
     checkpoint, state = found
     if run_checkpoint.identity(directories(config.model)) != state["reference"]:
         raise ConfigError(
             f"model.path {config.model.path} is not the checkpoint that {run.path} started from, so the update "
             "would be held to another reference than before; restore it, or start a new run"
+        )
+    before, now = run_checkpoint.trained(checkpoint), trained_names(config)
+    if differing := sorted(before ^ now):
+        was = "was trained and now is not" if differing[0] in before else "is trained now and was not before"
+        raise ConfigError(
+            f"{differing[0]} ({len(differing)} parameters in all) {was}; a run goes on with what it began with. Leave "
+            "optimizer.frozen, optimizer.groups and learner.lora as they were, or start a new run with "
+            f"model.path={checkpoint / 'policy'}"
         )
     return checkpoint, int(state["step"])
 
@@ -153,18 +171,17 @@ def open_session(config: TrainConfig, resume: bool = False) -> Iterator[Session]
             stack.enter_context(run.open().owned())
             run.clear_partial()
             begun = load_config(str(run.config))
-            checkpoint, first = _last_checkpoint(config, run, begun.checkpoints.every)
-            run.configure(to_yaml(config.model_copy(update={"runs_dir": begun.runs_dir, "run_name": begun.run_name})))
+            checkpoint, first = _resumed(config, run, begun.checkpoints.every)
         elif run.path.exists():
             raise ConfigError(f"{run.path} exists already; give another run_name, or --resume to continue that run")
         progress = stack.enter_context(Progress(config.steps, first))
         progress.phase("starting Ray")
-        connect(config)
+        control = Control(run)
+        connect(config, replicas=control.replicas)
         stack.callback(ray.shutdown)
         if not resume:
             stack.enter_context(run.create(to_yaml(config)).owned())
         stack.enter_context(_recorded(run, first))
-        control = Control(run)
         progress.phase(
             f"starting {control.replicas or config.rollout.replicas} rollout replicas, "
             f"{config.learner.ranks} learner ranks, {sum(s.replicas for s in config.rewards)} reward actors"
@@ -188,6 +205,8 @@ def open_session(config: TrainConfig, resume: bool = False) -> Iterator[Session]
         trackers = Trackers(config, run, first if resume else None)
         stack.callback(trackers.close)
         trackers.watch(lambda: rollout.metrics() | rewards.metrics())
+        if resume:  # all is up: what it was asked for this time holds from now on
+            run.configure(to_yaml(config.model_copy(update={"runs_dir": begun.runs_dir, "run_name": begun.run_name})))
         order = PromptOrder(inputs.train, config.data.prompts_per_step, config.seed)
         yield Session(config, run, inputs.heldout, rollout, rewards, progress, order, learner, trackers, first)
 

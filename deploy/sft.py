@@ -33,9 +33,10 @@ def run_sft(recipe: str, overrides: list[str]) -> None:
         check(Path(start))
     if config.data != "shapes":
         check_parquet(resolve_path(config.data), config.batch * config.ranks)
-    run = RunDirectory(out.parent / f"{out.name}-sft").create(
-        yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    )
+    run = RunDirectory(out.parent / f"{out.name}-sft")
+    if run.path.exists():
+        raise ConfigError(f"{run.path} is left of an attempt to make {out}; remove it, or give another out")
+    run.create(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     start_ray(local_cpus())
     try:
         with Progress(config.steps) as progress:

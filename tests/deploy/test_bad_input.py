@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from common.config import REPOSITORY
+from common.policy import directories
 from common.recipe import load_config, to_yaml
-from common.rundir import RunDirectory
+from common.rundir import RunDirectory, replacing_directory
 from deploy import cli
+from deploy.preflight import trained_names
+from learner.checkpoint import MANIFEST, identity
 
 MODEL = REPOSITORY / "deploy" / "models" / "shapes"
 
@@ -114,6 +120,27 @@ def test_resume_without_the_checkpoints_that_a_run_had(monkeypatch, capsys, tmp_
     assert len(run.read_metrics()) == 5 and run.evaluation_file(4).exists()
 
 
+def test_a_resume_that_fails_leaves_the_run_as_it_was(monkeypatch, capsys, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "mine").create(to_yaml(load_config("shapes")))
+    before = run.config.read_bytes()
+    assert "the actors ask for" in attempt(monkeypatch, capsys, "train", "--resume", str(run.path), "learner.cpus=640")
+    assert run.config.read_bytes() == before
+
+
+def test_resume_with_another_set_of_trained_parameters(monkeypatch, capsys, tmp_path: Path) -> None:
+    """What is not trained any more would be the start's again."""
+    config = load_config("shapes", ["optimizer.frozen=[denoising]", "objective.image_weight=0"])
+    run = RunDirectory(tmp_path / "mine").create(to_yaml(config))
+    with replacing_directory(run.checkpoint(20)) as aside:
+        save_file({f"master.{name}": torch.zeros(1) for name in trained_names(config)}, aside / "optimizer.safetensors")
+        state = {"step": 20, "reference": identity(directories(config.model))}
+        (aside / "state.json").write_text(json.dumps(state))
+        (aside / MANIFEST).write_text(json.dumps({}))
+    for override, said in (("[]", "is trained now and was not before"), ("[denoising, '*.layers.0.*']", "was trained")):
+        error = attempt(monkeypatch, capsys, "train", "--resume", str(run.path), f"optimizer.frozen={override}")
+        assert said in error and f"start a new run with model.path={run.checkpoint(20) / 'policy'}" in error
+
+
 @pytest.mark.parametrize("name", ["my model", "2026", "ckpt #2", "a: b", "x" * 120])
 def test_a_checkpoints_name_is_taken_as_it_is(monkeypatch, capsys, name: str) -> None:
     assert f"{name} does not exist" in attempt(monkeypatch, capsys, "eval", name)
@@ -121,3 +148,9 @@ def test_a_checkpoints_name_is_taken_as_it_is(monkeypatch, capsys, name: str) ->
 
 def test_unknown_recipe_suggests_the_known_one(monkeypatch, capsys) -> None:
     assert "did you mean shapes" in attempt(monkeypatch, capsys, "train", "shaps")
+
+
+def test_what_an_sft_left_that_did_not_come_to_its_end(monkeypatch, capsys, tmp_path: Path) -> None:
+    (tmp_path / "mine-sft").mkdir()
+    error = attempt(monkeypatch, capsys, "sft", "shapes-sft", f"out={tmp_path / 'mine'}")
+    assert "mine-sft is left of an attempt to make" in error and "resume" not in error

@@ -49,7 +49,7 @@ def test_the_default_recipe_fits_when_each_actor_is_kept_in_its_group(cluster: d
     for group in groups.values():
         for name, amount in group["resources"].items():
             capacity[name] = capacity.get(name, 0) + amount * group["max_workers"]
-    check_resources(config, capacity)
+    check_resources(demands(config), capacity)
     assert all(demand.given.custom for demand in demands(config))
 
 

@@ -87,8 +87,8 @@ def test_the_job_fits_the_cluster_with_each_actor_in_its_group(cluster: RayClust
     for group, node in zip(cluster.spec.workerGroupSpecs, nodes, strict=True):
         for name, amount in node.items():
             capacity[name] = capacity.get(name, 0) + amount * group.maxReplicas
-    check_resources(config, capacity)
-    check_fits(config, nodes)
+    check_resources(demands(config), capacity)
+    check_fits(demands(config), nodes)
     assert all(demand.given.custom for demand in demands(config))
     assert job.spec.clusterSelector == {"ray.io/cluster": cluster.metadata.name}
 

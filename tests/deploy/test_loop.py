@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from ray.exceptions import ObjectLostError
 
-from common.config import TrainConfig
+from common.config import ConfigError, TrainConfig
 from common.prompts import PromptOrder
 from common.recipe import load_config, validate
 from common.records import write_groups
@@ -25,6 +25,7 @@ from deploy.requests import training_requests
 from deploy.scoring import tickets
 from deploy.step_metrics import Clock
 from learner import checkpoint as run_checkpoint
+from learner.checkpoint import MANIFEST
 from learner.group import LostLearnerError
 from rewards.pool import Scored
 from rollout.batch import Batch
@@ -180,6 +181,19 @@ def test_a_learner_that_is_lost_again_and_again_ends_the_run(monkeypatch: pytest
         recovery.after(LostLearnerError("rank 2 died"))
 
 
+def test_a_learner_that_is_lost_with_all_checkpoints_damaged_does_not_begin_again(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.append_metrics({"step": 0})
+    run.checkpoint(1).mkdir(parents=True)
+    (run.checkpoint(1) / MANIFEST).write_text('{"state.json": "0"}')
+    session: Any = SimpleNamespace(
+        run=run, config=load_config("shapes"), rollout=SimpleNamespace(cancel=lambda: None), progress=None
+    )
+    with pytest.raises(ConfigError, match=r"none of the checkpoints in .* is whole; restore one"):
+        Recovery(session).after(LostLearnerError("rank 1 died"))
+    assert len(run.read_metrics()) == 1
+
+
 @pytest.mark.parametrize(
     ("every", "first", "there", "made_up"),
     [(0, 0, [], [0]), (5, 0, [0], []), (5, 10, [0, 5], [10]), (5, 10, [10], []), (5, 7, [5], []), (0, 10, [0], [])],
@@ -194,7 +208,7 @@ def test_an_evaluation_that_a_kill_cut_off_is_made_up_for(
     def begin(session: Any, step: int) -> None:
         raise InterruptedError("enough")
 
-    monkeypatch.setattr("deploy.loop.evaluate", lambda session, step: evaluated.append(step))
+    monkeypatch.setattr("deploy.loop.evaluate", lambda session, step, **how: evaluated.append(step))
     monkeypatch.setattr("deploy.loop.InFlight", begin)
     session: Any = SimpleNamespace(
         config=load_config("shapes", [f"evaluation.every={every}"]),

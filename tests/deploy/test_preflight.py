@@ -26,9 +26,9 @@ def config_with(**data: Any) -> TrainConfig:
 def test_too_few_cpus() -> None:
     config = config_with(rollout={"replicas": 4, "cpus": 1.0}, learner={"ranks": 2, "cpus": 1.5})
     needed = sum(demand.count * demand.given.cpus for demand in demands(config))
-    check_resources(config, {"CPU": needed})
+    check_resources(demands(config), {"CPU": needed})
     with pytest.raises(ConfigError) as error:
-        check_resources(config, {"CPU": needed - 1})
+        check_resources(demands(config), {"CPU": needed - 1})
     for word in (f"ask for {needed:g} CPUs", "rollout 4 x 1", "learner 2 x 1.5", f"has {needed - 1:g}", "lower"):
         assert word in str(error.value)
 
@@ -36,22 +36,28 @@ def test_too_few_cpus() -> None:
 def test_no_gpu_where_one_is_asked_for() -> None:
     config = config_with(rollout={"gpus": 1, "tensor_parallel": 2, "replicas": 1})
     with pytest.raises(ConfigError, match=r"ask for 2 GPUs \(rollout 1 x 2.*the cluster has 0"):
-        check_resources(config, {"CPU": 100.0})
-    check_resources(config, {"CPU": 100.0, "GPU": 2.0})
+        check_resources(demands(config), {"CPU": 100.0})
+    check_resources(demands(config), {"CPU": 100.0, "GPU": 2.0})
+
+
+def test_fewer_replicas_than_the_recipe_has_may_have_been_asked_for() -> None:
+    config = config_with(rollout={"replicas": 4})
+    for asked, counted in ((None, 4), (2, 2), (9, 4)):
+        assert demands(config, replicas=asked)[0].count == counted
 
 
 def test_an_actor_larger_than_any_node() -> None:
     config = config_with(learner={"cpus": 3}, rollout={"cpus": 1, "custom": {"rollout_node": 1}})
     nodes = [{"CPU": 2.0, "rollout_node": 1000.0}, {"CPU": 4.0}]
-    check_fits(config, nodes)
+    check_fits(demands(config), nodes)
     with pytest.raises(
         ConfigError, match=r"one learner actor asks for 3 CPUs, but no node has .*nodes: 2 CPUs\); lower"
     ):
-        check_fits(config, nodes[:1])
+        check_fits(demands(config), nodes[:1])
     with pytest.raises(
         ConfigError, match=r"one rollout actor asks for 1 CPUs, 1 rollout_node, .*4 CPUs, 0 rollout_node"
     ):
-        check_fits(config, nodes[1:])
+        check_fits(demands(config), nodes[1:])
 
 
 def test_missing_checkpoint(tmp_path: Path) -> None:
