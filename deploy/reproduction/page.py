@@ -202,17 +202,18 @@ def _shown(plan: Plan, stored: Stored) -> tuple[str, ...]:
 
 def _budgets(plan: Plan, stored: Stored) -> list[str]:
     """What is not alike in the rows beside what their names say: more than one stage, and guidance of evaluation."""
-    lines = []
+    lines, unguided = [], []
     for row in _shown(plan, stored):
         about, configs = ROWS[row], settings(plan, row)
         trained = [config.steps for config in configs if config.steps]
         if len(trained) > 1:
             lines.append(f"- {about.title}: {' + '.join(map(str, trained))} = {sum(trained)} steps in all.")
-        if configs[-1].evaluation.cfg.enabled:
-            scale = configs[-1].evaluation.cfg.text_scale
-            how = "trained and evaluated" if configs[-1].sampling.cfg.enabled else f"{ROWS['unigrpo'].title}, evaluated"
-            lines.append(f"- {about.title}: {how} with text scale {scale:g}; the others without guidance.")
-    return lines
+        if not configs[-1].evaluation.cfg.enabled:
+            unguided.append(row)
+            continue
+        how = "trained and evaluated" if configs[-1].sampling.cfg.enabled else "evaluated"
+        lines.append(f"- {about.title}: {how} with text scale {configs[-1].evaluation.cfg.text_scale:g}.")
+    return [*lines, "- The other rows: without guidance."] if lines and unguided else lines
 
 
 def _gaps(plan: Plan, stored: Stored) -> list[str]:
@@ -322,6 +323,8 @@ def _machines(scores: Mapping[str, Score]) -> list[str]:
         own = [cell for cell in cells if _machine(cell) == name]
         dates, minutes = sorted(cell["finished"] for cell in own), sum(cell["minutes"] for cell in own)
         lines.append(f"- {name}: {len(own)} cells, {minutes:.0f} minutes of training steps, {dates[0]} to {dates[-1]}")
+    if lines:
+        lines.append("- A stage that rows share, trained once, counts in each of them.")
     return lines
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from common.checkpoint_files import sha256
 from common.config import REPOSITORY, ConfigError, Model, TrainConfig, resolve_path
 from common.recipe import load_config
 from common.rundir import RunDirectory
@@ -70,8 +72,9 @@ class Plan:
     @property
     def command(self) -> str:
         """How to ask for this again, whatever the rows and seeds."""
-        steps = [f"--steps {self.steps}"] if self.steps != STEPS else []
-        return " ".join(["unigrpo reproduce", *self.overrides, *steps])
+        steps = ["--steps", str(self.steps)] if self.steps != STEPS else []
+        out = ["--out", str(self.out)] if self.out != default_out() else []
+        return shlex.join(["unigrpo", "reproduce", *self.overrides, *steps, *out])
 
 
 def check_rows(rows: Sequence[str]) -> tuple[str, ...]:
@@ -134,7 +137,7 @@ def _origin(configs: list[TrainConfig]) -> dict[str, Any]:
         "steps": [config.steps for config in configs],
         "recipe": _hash(json.dumps([_matters(config) for config in configs], sort_keys=True)),
         "start": _start(configs[0].model),
-        "data": _hash("".join(_digest(resolve_path(path)) for path in data)),
+        "data": _hash("".join(_content(resolve_path(path)) for path in data)),
     }
 
 
@@ -152,13 +155,14 @@ def stages(plan: Plan, row: str, seed: int) -> list[TrainConfig]:
         key = _hash(json.dumps(made_of, sort_keys=True))[:8]
         own = [f"run_name={'-then-'.join(recipes)}-seed{seed}", f"runs_dir={RUNS}/{key}", f"seed={seed}"]
         own += ["max_minutes=0", f"steps={config.steps}", "checkpoints.keep=1"]
-        start = None
+        config = load_config(recipes[-1], [*plan.overrides, *own])
         if configs:
             before = configs[-1]
-            start = {"path": str(RunDirectory(before.directory).checkpoint(before.steps) / "policy")}
-        # A later stage starts where the one before ended, whatever checkpoint the overrides name.
-        overrides = [pair for pair in plan.overrides if not (start and pair.startswith("model.path="))]
-        configs.append(load_config(recipes[-1], [*overrides, *own], start))
+            policy = str(RunDirectory(before.directory).checkpoint(before.steps) / "policy")
+            # Whatever checkpoint the overrides name; that of a composed policy holds its pipeline too.
+            start = config.model.model_copy(update={"path": policy, "pipeline": None})
+            config = config.model_copy(update={"model": start})
+        configs.append(config)
     return configs
 
 
@@ -201,10 +205,7 @@ def _checkpoint_identity(directories: tuple[Path, ...]) -> str:
     return identity(directories)[:16]
 
 
-@cache
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+_content = cache(sha256)
 
 
 def _hash(text: str) -> str:

@@ -127,8 +127,8 @@ def test_page_holds_whatever_cells_there_are(plan: Plan) -> None:
     assert "- Computed in float32 instead of bfloat16, as the machine does: UniGRPO, CFG in training (seeds 1)." in text
     # The budget of two stages, and which guidance a row is judged with.
     assert "- FlowGRPO, then TextGRPO: 30 + 30 = 60 steps in all." in text
-    assert "- UniGRPO, CFG in training: trained and evaluated with text scale 2; the others without guidance." in text
-    assert "- UniGRPO, CFG in evaluation alone: UniGRPO, evaluated with text scale 2; the others without" in text
+    assert "- UniGRPO, CFG in training: trained and evaluated with text scale 2.\n" in text
+    assert "- UniGRPO, CFG in evaluation alone: evaluated with text scale 2.\n- The other rows: without" in text
     assert "- Of one seed only, so that the interval is one over prompts: TextGRPO." in text
     assert text.count("| TextGRPO | ") == 3, "overall, strict by task, TA by task"
     assert "| Learned reward, no regulariser | 30.0 → 30.0 | 30.0 → 30.0 |" in text
@@ -157,6 +157,10 @@ def test_every_row_resolves_and_later_stages_start_from_earlier_ones(tmp_path: P
         assert asked == ([0, 1, 2] if configs[0].steps else [0])
     first, second = stages(plan, "two-stage", 2)
     assert second.model.path == str(first.directory / "checkpoints" / "step-000005" / "policy")
+    for overrides in (("model.path=tests/golden/ckpt",), ("model={path: tests/golden/ckpt}",)):
+        first, second = stages(replace(plan, overrides=overrides), "two-stage", 2)
+        assert first.model.path == "tests/golden/ckpt" and second.model.path.startswith(str(first.directory))
+    first, second = stages(plan, "two-stage", 2)
     assert first.run_name != second.run_name and [first] == stages(plan, "flowgrpo-think", 2)  # trained once
     trained, guided = stages(plan, "cfg-evaluation", 2)
     assert [trained] == stages(plan, "unigrpo", 2) and guided.steps == 0
@@ -221,7 +225,8 @@ def test_overrides_that_contradict_a_row_stop_it_alone(plan: Plan) -> None:
     cell = _cell("unigrpo", 0, 0.5, other)
     _store(other, cell)
     text = to_markdown(other, read_cells(other), [])
-    assert f"{score([cell]).overall}" in text and "- UniGRPO: UniGRPO, evaluated with text scale 4" in text
+    assert f"{score([cell]).overall}" in text and "- UniGRPO: evaluated with text scale 4.\n" in text
+    assert "without guidance" not in text
     with pytest.raises(ConfigError, match=r"sampling.cfg.text_scale is 2.0 but evaluation.cfg.text_scale is 4.0"):
         reproduce(replace(other, rows=("unigrpo", "cfg")))
 
@@ -236,6 +241,8 @@ def test_what_cells_have_of_their_own_is_no_override(override: str) -> None:
 def test_the_page_lies_beside_its_directory(plan: Plan, tmp_path: Path, name: str) -> None:
     plan = replace(plan, out=check_out(tmp_path / name))
     assert write_page(plan, read_cells(plan)) == tmp_path / f"{name}.md"
+    plan = replace(plan, steps=STEPS, overrides=("rewards=[{name: shapes}]",))
+    assert plan.command == f"unigrpo reproduce 'rewards=[{{name: shapes}}]' --out {tmp_path / name}"
     with pytest.raises(ConfigError, match="--out is /; give a directory with a name"):
         check_out(Path("/"))
 
