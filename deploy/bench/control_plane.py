@@ -83,9 +83,9 @@ class SimulatedHost:
             self._pauses[replica].set()
 
     async def generate(
-        self, replica: int, requests: list[RolloutRequest], paused: tuple[float, int] | None = None
+        self, replica: int, requests: list[RolloutRequest], paused: tuple[float, int] | None, holding: int
     ) -> tuple[RolloutStats | Group | tuple[float, int] | None, ...]:
-        """paused: the seconds that were reasoned before a pause, and by which version."""
+        """paused: the seconds that were reasoned before a pause, and by which version; holding is what it holds."""
         begun, (reasoned, version) = time.monotonic(), paused or (0.0, self._held[replica])
         half = sum(call_seconds(request, self._call_s) for request in requests) / 2
         self._pauses[replica] = pause = asyncio.Event()
