@@ -40,7 +40,7 @@ def _records(path: Path) -> Iterator[tuple[int, Any]]:
             table = pq.read_table(path)
         except (pa.ArrowException, OSError) as error:
             raise ConfigError(f"prompt file {path} is not readable Parquet ({error})") from error
-        yield from enumerate(table.to_pylist(), 1)
+        yield from enumerate((_with_indices(_without_nulls(row)) for row in table.to_pylist()), 1)
         return
     try:
         # Not splitlines: a JSON string may hold U+2028 and other separators as they are.
@@ -50,9 +50,10 @@ def _records(path: Path) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                yield number, json.loads(line)
+                record = _without_nulls(json.loads(line))
             except (ValueError, RecursionError) as error:  # also of numbers and nesting beyond Python's limits
                 raise ConfigError(f"{path}, line {number} is not JSON ({error}); mend or remove it") from error
+            yield number, record
 
 
 def _prompt(record: Any, path: Path, number: int) -> Prompt:
@@ -61,32 +62,37 @@ def _prompt(record: Any, path: Path, number: int) -> Prompt:
     text = record.get("prompt")
     if not isinstance(text, str) or not text.strip():
         raise ConfigError(f"{path}, line {number}: prompt is {text!r}; it must be text")
-    check_characters(text, f"{path}, line {number}: prompt")
-    metadata = {k: v for k, v in _from_columns(record).items() if k not in {"id", "prompt"}}
+    for key, value in record.items():
+        check_characters(json.dumps(value, ensure_ascii=False, default=str), f"{path}, line {number}: {key}")
+    metadata = {k: v for k, v in record.items() if k not in {"id", "prompt"}}
     identity = record.get("id")
     return Prompt(f"line-{number}" if identity in (None, "") else str(identity), text, metadata)
 
 
 def check_characters(text: str, name: str) -> None:
-    """ConfigError for halves of surrogate pairs, which no tokenizer reads: a cut JSON escape, or bytes that are no
-    UTF-8 on a command line."""
+    """ConfigError for halves of surrogate pairs, which neither a tokenizer nor a file takes: a cut JSON escape, or
+    bytes that are no UTF-8 on a command line."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ConfigError(f"{name} {text!r} has no valid character at {error.start}; remove or replace it") from error
+        half = ascii(text[error.start])
+        raise ConfigError(f"{name} {text!r} holds half a character, {half}; remove or replace it") from error
 
 
-def _from_columns(value: Any) -> Any:
-    """A record as JSON has it. Parquet has one set of columns for all rows and fills the absent ones with null, and one
-    type for all entries of a list, so that the index in a `position` has to be text there."""
-    match value:
-        case {"position": [relation, str(index)]} if index.isdecimal():
-            return _from_columns({**value, "position": [relation, int(index)]})
-        case dict():
-            return {k: _from_columns(v) for k, v in value.items() if v is not None}
-        case list():
-            return [_from_columns(v) for v in value]
-    return value
+def _without_nulls(value: Any) -> Any:
+    """Parquet has one set of columns for all rows and fills the absent ones with null."""
+    if isinstance(value, Mapping):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
+
+
+def _with_indices(record: dict[str, Any]) -> dict[str, Any]:
+    """Parquet has one type for all entries of a list, so that the index in a `position` has to be text there."""
+    for entry in record.get("include") or ():
+        match entry:
+            case {"position": [relation, str(index)]} if index.isdecimal() and len(index) < 9:
+                entry["position"] = [relation, int(index)]
+    return record
 
 
 class PromptOrder:

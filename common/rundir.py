@@ -11,6 +11,7 @@
         checkpoints/step-000020/               whole once it holds manifest.json
         eval/step-000000.json                  result, beside it .parquet with the sample images
         tensorboard/
+        lock                                   held by the driver that trains here
         control.json, status.json              what was asked of the live run, and its answer (deploy/control.py)
         timeline/step-000010.json              who did what when, see common/timeline.py
         report.html
@@ -208,7 +209,7 @@ class RunDirectory:
         """Nobody else trains in this directory meanwhile. ConfigError if somebody does; the end of a process, a kill
         too, lets go."""
         # A file that is open for writing: of a directory NFS would keep other processes of this machine out, no more.
-        handle = os.open(self.lock, os.O_RDWR | os.O_CREAT, 0o644)
+        handle = os.open(self.lock, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -277,7 +278,8 @@ class RunDirectory:
 
     def rewind(self, step: int) -> None:
         """Forgets metrics and evaluations of what comes after the first `step` steps: a run that goes on from a
-        checkpoint writes each step once, and what was measured of lost weights is not taken for its own."""
+        checkpoint writes each step once, and what was measured of lost weights is not taken for its own. OSError on a
+        full disk."""
         if self.metrics.exists():
             self._rewrite_metrics([row for row in self.read_metrics() if row["step"] < step])
         for path in self.evaluations.glob("step-*"):

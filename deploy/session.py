@@ -197,8 +197,6 @@ def open_session(config: TrainConfig, resume: bool = False) -> Iterator[Session]
         learner.check_sees(run.path)
         table = learner.parameters()
         progress.detail(table)
-        with replacing(run.parameters) as aside:
-            aside.write_text(table + "\n", encoding="utf-8")
         rollout.wait_ready()
         control.follow(rollout)
         stack.callback(control.close)
@@ -207,6 +205,8 @@ def open_session(config: TrainConfig, resume: bool = False) -> Iterator[Session]
         trackers.watch(lambda: rollout.metrics() | rewards.metrics())
         if resume:  # all is up: what it was asked for this time holds from now on
             run.configure(to_yaml(config.model_copy(update={"runs_dir": begun.runs_dir, "run_name": begun.run_name})))
+        with replacing(run.parameters) as aside:
+            aside.write_text(table + "\n", encoding="utf-8")
         order = PromptOrder(inputs.train, config.data.prompts_per_step, config.seed)
         yield Session(config, run, inputs.heldout, rollout, rewards, progress, order, learner, trackers, first)
 

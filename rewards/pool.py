@@ -94,7 +94,8 @@ class RewardPool:
         """Waits for the scores of groups of equal size, in their order. ValueError for none or unequal ones;
         ObjectLostError if a group was lost with its node; NonFiniteError if a score was NaN or infinite and
         on_nonfinite is stop; RuntimeError if a scorer has lost all its actors for good, gives no score within its time,
-        or failed at every group of the last MOST_BARREN calls; ConfigError if it lost them for want of room."""
+        or, if it is trained on, failed at every group of the last MOST_BARREN calls; ConfigError if it lost them for
+        want of room."""
         sizes = sorted({ticket.size for ticket in tickets})
         if len(sizes) != 1:
             raise ValueError(f"tickets are of groups with {sizes} chains; give at least one, all of the same size")
@@ -137,7 +138,10 @@ class RewardPool:
                     )
 
     def _heed(self, scorer: Reward, outcomes: Sequence[Outcome]) -> None:
-        """A run whose steps all go unscored would come to its end without having learned."""
+        """A run whose steps all go unscored would come to its end without having learned. A scorer that is only recorded
+        stops none."""
+        if not scorer.weight:
+            return
         failed = all(outcome.rewards is None for outcome in outcomes)
         self._barren[scorer.name] = self._barren[scorer.name] + 1 if failed else 0
         if self._barren[scorer.name] >= MOST_BARREN:

@@ -202,18 +202,20 @@ def _shown(plan: Plan, stored: Stored) -> tuple[str, ...]:
 
 def _budgets(plan: Plan, stored: Stored) -> list[str]:
     """What is not alike in the rows beside what their names say: more than one stage, and guidance of evaluation."""
-    lines, unguided = [], []
+    lines: list[str] = []
+    guided: list[str] = []
+    unguided = False
     for row in _shown(plan, stored):
         about, configs = ROWS[row], settings(plan, row)
         trained = [config.steps for config in configs if config.steps]
         if len(trained) > 1:
             lines.append(f"- {about.title}: {' + '.join(map(str, trained))} = {sum(trained)} steps in all.")
         if not configs[-1].evaluation.cfg.enabled:
-            unguided.append(row)
+            unguided = True
             continue
         how = "trained and evaluated" if configs[-1].sampling.cfg.enabled else "evaluated"
-        lines.append(f"- {about.title}: {how} with text scale {configs[-1].evaluation.cfg.text_scale:g}.")
-    return [*lines, "- The other rows: without guidance."] if lines and unguided else lines
+        guided.append(f"- {about.title}: {how} with text scale {configs[-1].evaluation.cfg.text_scale:g}.")
+    return [*lines, *guided, *(["- The other rows: without guidance."] if guided and unguided else [])]
 
 
 def _gaps(plan: Plan, stored: Stored) -> list[str]:

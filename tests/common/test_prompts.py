@@ -55,6 +55,7 @@ def test_a_relation_can_be_said_in_parquet(tmp_path: Path) -> None:
     """Whose lists hold one type: the index is text there."""
     square, circle = {"class": "square", "count": 1}, {"class": "circle", "count": 1}
     of_lines = {"prompt": "p", "tag": "position", "include": [square, circle | {"position": ["left of", 0]}]}
+    of_lines |= {"note": {"position": ["left of", "0"]}}  # whatever another scorer means by it
     of_table = of_lines | {"include": [square, circle | {"position": ["left of", "0"]}]}
     pq.write_table(pa.Table.from_pylist([of_table]), tmp_path / "p.parquet")
     assert read_prompts(tmp_path / "p.parquet") == read_prompts(lines(tmp_path / "p.jsonl", [of_lines]))
@@ -77,7 +78,12 @@ def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
         ('{"prompt": "x"', "line 2 is not JSON"),
         ('{"prompt": "x", "n": ' + "9" * 5000 + "}", "line 2 is not JSON (Exceeds the limit"),
         ("[" * 100_000, "line 2 is not JSON (maximum recursion depth"),
-        (r'{"prompt": "a \ud83d circle"}', r"line 2: prompt 'a \ud83d circle' has no valid character at 2; remove"),
+        (
+            r'{"prompt": "a \ud83d circle"}',
+            r"line 2: prompt '\"a \ud83d circle\"' holds half a character, '\ud83d'; remove",
+        ),
+        (r'{"prompt": "x", "tag": "\ud83d"}', "line 2: tag '"),
+        ('{"prompt": "x", "note": ' + "[" * 700 + "]" * 700 + "}", "line 2 is not JSON (maximum recursion depth"),
         ("[1, 2]", "line 2 is a list; every line is an object"),
         ('{"prompt": 7}', "line 2: prompt is 7; it must be text"),
         ('{"text": "x"}', "line 2: prompt is None; it must be text"),

@@ -32,7 +32,8 @@ class FakeActors:
     def __init__(self, flat: set[str]) -> None:
         self.flat, self.submitted = flat, []  # type: ignore[var-annotated]
 
-    def submit(self, requests: list[RolloutRequest]) -> Batch:
+    def submit(self, requests: list[RolloutRequest], first: bool) -> Batch:
+        assert first, "what later steps have queued must not be waited for"
         self.submitted.append(requests)
         return finished(requests, version=3)
 

@@ -225,6 +225,9 @@ def test_overrides_that_contradict_a_row_stop_it_alone(plan: Plan) -> None:
     cell = _cell("unigrpo", 0, 0.5, other)
     _store(other, cell)
     text = to_markdown(other, read_cells(other), [])
+    assert "guidance" not in to_markdown(
+        replace(plan, rows=("two-stage",)), read_cells(replace(plan, out=plan.out / "none")), []
+    )
     assert f"{score([cell]).overall}" in text and "- UniGRPO: evaluated with text scale 4.\n" in text
     assert "without guidance" not in text
     with pytest.raises(ConfigError, match=r"sampling.cfg.text_scale is 2.0 but evaluation.cfg.text_scale is 4.0"):

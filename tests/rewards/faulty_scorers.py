@@ -50,6 +50,10 @@ class Faulty(FirstByte):
         return output
 
 
+class FaultyToo(Faulty):
+    """Another of that kind."""
+
+
 class Unbuildable(FirstByte):
     """Misses something it needs."""
 

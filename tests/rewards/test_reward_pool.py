@@ -121,7 +121,8 @@ def test_scores_that_are_not_finite_stop_or_are_left_out(start: Start, value: fl
 
 def test_a_scorer_that_always_fails_ends_the_run(start: Start) -> None:
     """One good group begins the count anew; a run of steps without scores would learn nothing to its end."""
-    pool = start({"name": FAULTY, "retries": 0}, {"name": "shapes"})
+    beside = {"name": FAULTY.replace("Faulty", "FaultyToo"), "retries": 0, "weight": 0.0}  # recorded only
+    pool = start({"name": FAULTY, "retries": 0}, beside)
     for do in ("raise", "raise", "", "raise", "raise"):
         _score(pool, [_flat(0, do="raise"), _flat(0, do=do)], [G, G])
     with pytest.raises(RuntimeError, match=f"reward {FAULTY} failed at every group, 3 times .*asked to raise"):
