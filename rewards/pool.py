@@ -138,8 +138,8 @@ class RewardPool:
                     )
 
     def _heed(self, scorer: Reward, outcomes: Sequence[Outcome]) -> None:
-        """A run whose steps all go unscored would come to its end without having learned. A scorer that is only recorded
-        stops none."""
+        """A run whose steps all go unscored would come to its end without having learned. A scorer that is only
+        recorded stops none."""
         if not scorer.weight:
             return
         failed = all(outcome.rewards is None for outcome in outcomes)
