@@ -64,12 +64,13 @@ def _bundle(resources: Mapping[str, float]) -> dict[str, float]:
 
 
 def options(resources: Resources) -> dict[str, Any]:
-    """What Ray is told of an actor that is given these."""
+    """What Ray is told of an actor that is given these. One without GPUs sees none: Ray hides only those of others."""
+    hidden = {} if resources.gpus else {"CUDA_VISIBLE_DEVICES": ""}
     return {
         "num_cpus": resources.cpus,
         "num_gpus": resources.gpus,
         "resources": resources.custom,
-        "runtime_env": {"env_vars": thread_env(resources.cpus) | {DRIVER_HAS: json.dumps(engines())}},
+        "runtime_env": {"env_vars": thread_env(resources.cpus) | hidden | {DRIVER_HAS: json.dumps(engines())}},
     }
 
 

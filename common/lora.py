@@ -71,8 +71,9 @@ def plain_weights(policy: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[
                 yield name, tensor
         elif leaf == "weight":
             down, up = (weights[f"{layer}.lora_{part}.{ADAPTER}.weight"].detach() for part in "AB")
+            # A checkpoint's A and B are masters on the CPU, wherever W is.
             update = scales[layer] * (up.float() @ down.float())
-            yield f"{layer}.{leaf}", (tensor.detach().float() + update).to(tensor.dtype)
+            yield f"{layer}.{leaf}", (tensor.detach().float() + update.to(tensor.device)).to(tensor.dtype)
         else:
             yield f"{layer}.{leaf}", tensor
 

@@ -24,8 +24,8 @@ class Chat(Protocol):
     """Token ids of a conversation."""
 
     @property
-    def end(self) -> int:
-        """The token that ends a reasoning."""
+    def ends(self) -> tuple[int, ...]:
+        """The tokens of which any ends a reasoning."""
 
     def prompt_ids(self, prompt: str, system: str = "", think: bool = True) -> list[int]:
         """What the reasoning is sampled from; without reasoning, what the image is conditioned on."""

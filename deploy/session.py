@@ -96,7 +96,9 @@ def connect(config: TrainConfig, learner_too: bool = True, replicas: int | None 
         _join(address)
     else:
         check_resources(wanted, {"CPU": local_cpus(), "GPU": float("inf")})
-        start_ray(local_cpus(), object_store_memory=512 << 20)
+        # Without GPUs little is moved, and memory is scarce; with them Ray's own share of it is wanted.
+        small = {} if any(demand.given.gpus for demand in wanted) else {"object_store_memory": 512 << 20}
+        start_ray(local_cpus(), **small)
     check_resources(wanted, capacity())
     check_fits(wanted, nodes())
 

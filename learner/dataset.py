@@ -94,6 +94,7 @@ def encode_pairs(pairs: list[Pair], checkpoint: Checkpoint, system_prompt: str, 
         texts.append(text)
         scored.append((len(head), len(text)))
     chunks = [np.stack([image for *_, image in pairs[i : i + batch]]) for i in range(0, len(pairs), batch)]
-    latents = [pixels_to_tokens(checkpoint.vae, checkpoint.config, torch.from_numpy(chunk)) for chunk in chunks]
+    device = checkpoint.policy.device
+    latents = [pixels_to_tokens(checkpoint.vae, checkpoint.config, torch.from_numpy(c).to(device)) for c in chunks]
     height, width = pairs[0][2].shape[:2]
-    return Examples(texts, scored, torch.cat(latents), checkpoint.config.grid(height, width))
+    return Examples(texts, scored, torch.cat(latents).cpu(), checkpoint.config.grid(height, width))

@@ -75,6 +75,7 @@ def train(
         t = torch.rand(len(owner), generator=noise)
         t = config.shift * t / (1 + (config.shift - 1) * t)
         eps = torch.randn(clean.shape, generator=noise)
+        clean, t, eps, owner = (tensor.to(policy.device) for tensor in (clean, t, eps, owner))
         x_t = (1 - t[:, None, None]) * clean + t[:, None, None] * eps
         batch = pack_batch(
             [examples.texts[i] for i in chosen], [examples.scored[i] for i in chosen], x_t, t, owner, examples.grid

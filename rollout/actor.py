@@ -85,7 +85,7 @@ class RolloutReplica:
         described, weights = self.checkpoint.reasoner, dict(self.checkpoint.policy.reasoning_weights())
         options = {
             "shapes": {name: tuple(tensor.shape) for name, tensor in weights.items()},
-            "eos_token_id": self.checkpoint.chat.end,
+            "eos_token_id": self.checkpoint.chat.ends,
             "dtype": self.dtype,
             "max_model_len": sampling.max_prompt_tokens + sampling.max_tokens,
             "max_batch": self.config.reasoner_batch,

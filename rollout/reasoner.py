@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
+from common.config import ConfigError
 from common.scratch import scratch
 from common.types import derived_seed
 from rollout.reasoner_dir import (
@@ -25,6 +26,9 @@ from rollout.reasoner_dir import (
     save_weights,
 )
 from rollout.reasoner_worker import prepare_cpu
+
+PART_BYTES = 512 << 20
+"""Of weights that are on their way to vLLM's processes, beside the model."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,20 @@ class Completion:
     ids: list[int]
     logprobs: list[float]
     finished: bool
+
+
+def _in_parts(weights: Iterable[tuple[str, torch.Tensor]], limit: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """In order, in runs of `limit` bytes at most; a larger weight has one of its own."""
+    run: list[tuple[str, torch.Tensor]] = []
+    size = 0
+    for name, tensor in weights:
+        if run and size + tensor.nbytes > limit:
+            yield run
+            run, size = [], 0
+        run.append((name, tensor))
+        size += tensor.nbytes
+    if run:
+        yield run
 
 
 class Reasoner:
@@ -56,7 +74,7 @@ class Reasoner:
         self,
         directory: str | Path,
         *,
-        eos_token_id: int,
+        eos_token_id: int | Sequence[int],
         dtype: str = "float32",
         max_model_len: int,
         max_batch: int,
@@ -67,24 +85,29 @@ class Reasoner:
         empty: bool = False,
     ) -> None:
         """directory: what `write_reasoner_dir` wrote, or any causal language model in transformers' layout;
-        eos_token_id: what ends a completion; dtype: of weights, activations and KV cache; max_model_len: most tokens of
-        a prompt and its completion together; max_batch: most requests decoded at the same time, more are queued;
-        memory_bytes: of the KV cache, on CPU; tensor_parallel: GPUs the model is split over; gpu_memory_utilization:
-        share of GPU memory for weights, activations and KV cache; shapes: the weights that `load_weights` takes, by
-        default those of `reasoner_shapes`; empty: only the directory's `config.json` is read, and `load_weights` has to
-        come before any request.
+        eos_token_id: what ends a completion, any of several; dtype: of weights, activations and KV cache;
+        max_model_len: most tokens of a prompt and its completion together; max_batch: most requests decoded at the same
+        time, more are queued; memory_bytes: of the KV cache, on CPU; tensor_parallel: GPUs the model is split over;
+        gpu_memory_utilization: share of GPU memory for weights, activations and KV cache; shapes: the weights that
+        `load_weights` takes, by default those of `reasoner_shapes`; empty: only the directory's `config.json` is read,
+        and `load_weights` has to come before any request.
 
-        ValueError if tensor_parallel is more than 1 on CPU; RuntimeError if another reasoner is open in this process
-        and the engine would run here too.
+        ValueError if tensor_parallel is more than 1 on CPU; ConfigError if vLLM needs a GPU and there is none;
+        RuntimeError if another reasoner is open in this process and the engine would run here too.
         """
         on_cpu = torch.version.cuda is None and torch.version.hip is None
         if on_cpu and tensor_parallel != 1:
             raise ValueError("tensor_parallel needs GPUs")
+        if not (on_cpu or torch.cuda.is_available()):
+            raise ConfigError(
+                "vLLM is built for GPUs here and this process has none: give rollout.gpus (or that of "
+                "rollout.reasoner_actor), or install vLLM for CPUs as README.md says"
+            )
         config = read_config(directory)
         self._shapes = shapes or reasoner_shapes(config)
         self._vocab_size = int(config["vocab_size"])
         self._dtype = getattr(torch, dtype)
-        self._eos_token_id = eos_token_id
+        self._ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
         self._max_model_len = max_model_len
         self._usable = not empty
 
@@ -174,7 +197,7 @@ class Reasoner:
             paused=paused,
             temperature=temperature,
             logprobs=0,
-            stop_token_ids=[self._eos_token_id],
+            stop_token_ids=self._ends,
         )
         for i, output in outputs.items():
             made = output.outputs[0]
@@ -182,7 +205,8 @@ class Reasoner:
             if len(logprobs) != len(ids):
                 raise RuntimeError(f"vLLM returned {len(logprobs)} log-probabilities for {len(ids)} tokens")
             before = done[rest[i]]
-            done[rest[i]] = Completion(before.ids + ids, before.logprobs + logprobs, ids[-1:] == [self._eos_token_id])
+            ended = bool(ids) and ids[-1] in self._ends
+            done[rest[i]] = Completion(before.ids + ids, before.logprobs + logprobs, ended)
         return done
 
     def probe(self, ids: list[int]) -> list[float]:
@@ -201,14 +225,16 @@ class Reasoner:
         """Replaces all weights in place and drops every cached key and value computed with the old ones.
 
         The weights are read one at a time, on any device, and converted to the engine's dtype. The engine's workers,
-        where they are other processes, read them from a file in shared memory (`/dev/shm`).
+        where they are other processes, read them from files in shared memory (`/dev/shm`), of PART_BYTES or one tensor.
 
         weights: exactly the names of `shapes`, each once. RuntimeError if a weight of the model was not given, one
         given is not the model's, or the engine does not hold them afterwards. It may then hold a mixture and refuses to
         generate until a load succeeds.
         """
         self.begin_load()
-        self.load_part(checked_weights(weights, self._shapes))
+        whole = checked_weights(weights, self._shapes)
+        for part in [whole] if self._in_process else _in_parts(whole, PART_BYTES):
+            self.load_part(part)
         self.end_load()
 
     def begin_load(self) -> None:

@@ -169,6 +169,11 @@ def load(
     own = [name for name in policy.state_dict() if name in weights.files]
     tensors = {name: tensor.to(device, dtype, copy=True) for name, tensor in weights.read(own)}
     if config.llm_config.tie_word_embeddings:
+        if HEAD in weights.files and not torch.equal(*(tensor for _, tensor in weights.read([HEAD, EMBEDDING]))):
+            raise CheckpointError(
+                f"{weights.files[HEAD]}: tensor {HEAD} is another than {EMBEDDING}, but llm_config.json says "
+                "tie_word_embeddings=true; say false"
+            )
         tensors[HEAD] = tensors[EMBEDDING]
     policy.load_state_dict(tensors, assign=True)
     if config.llm_config.tie_word_embeddings:

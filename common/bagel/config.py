@@ -44,6 +44,20 @@ class LLMConfig(_Sizes):
                 data = {**data, "head_dim": hidden // heads}
         return data
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_rope_parameters(cls, data: Any) -> Any:
+        """How transformers 5 writes what was rope_theta and rope_scaling."""
+        rope = data.get("rope_parameters") if isinstance(data, dict) else None
+        if not isinstance(rope, dict):
+            return data
+        if rope.get("rope_type", "default") != "default":
+            raise ValueError(f"rope_parameters has the rope_type {rope['rope_type']!r}; only 'default' is computed")
+        theta = rope.get("rope_theta", data.get("rope_theta"))
+        if theta is None or data.get("rope_theta", theta) != theta:
+            raise ValueError(f"rope_theta is {data.get('rope_theta')} but rope_parameters says {theta}; correct one")
+        return {**data, "rope_theta": theta}
+
     @model_validator(mode="after")
     def _check(self) -> LLMConfig:
         if self.num_attention_heads % self.num_key_value_heads:

@@ -42,6 +42,11 @@ class ChatTokenizer:
             ids.append(number)
         return cls(tokenizer, *ids)
 
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """What ends a reasoning."""
+        return (self.end,)
+
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 

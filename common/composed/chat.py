@@ -9,18 +9,28 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
-from common.checkpoint_files import CheckpointError
+from common.checkpoint_files import CheckpointError, read_json
 from common.config import ConfigError
 
 THINK_END = "</think>"
 
 
+def _own_ends(directory: Path) -> list[int]:
+    """What generation_config.json says ends an answer: of a chat model often another token than the tokenizer's eos."""
+    file = directory / "generation_config.json"
+    found = read_json(file).get("eos_token_id") if file.is_file() else None
+    ends = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(type(end) is int and end >= 0 for end in ends):
+        raise CheckpointError(f"{file}: eos_token_id is {found!r}; it is a token id or a list of them")
+    return ends
+
+
 @dataclass(frozen=True)
 class TemplateChat:
-    """A tokenizer of transformers with the id that ends an answer."""
+    """A tokenizer of transformers with the ids that end an answer."""
 
     tokenizer: Any
-    end: int
+    ends: tuple[int, ...]
 
     @classmethod
     def read(cls, directory: Path, vocab_size: int) -> TemplateChat:
@@ -29,15 +39,15 @@ class TemplateChat:
             tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"{directory} holds no tokenizer that transformers reads ({error})") from error
-        end = tokenizer.eos_token_id
-        if end is None:
+        ends = tuple(dict.fromkeys([*_own_ends(directory), *filter(None.__ne__, [tokenizer.eos_token_id])]))
+        if not ends:
             raise CheckpointError(f"{directory}: the tokenizer has no eos_token, so that no reasoning would end")
-        largest = max((*tokenizer.all_special_ids, len(tokenizer) - 1))
+        largest = max((*tokenizer.all_special_ids, *ends, len(tokenizer) - 1))
         if largest >= vocab_size:
             raise CheckpointError(
                 f"{directory}: the tokenizer has id {largest}, outside the vocabulary of {vocab_size} in config.json"
             )
-        return cls(tokenizer, end)
+        return cls(tokenizer, ends)
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)

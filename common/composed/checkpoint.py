@@ -126,6 +126,11 @@ def skeleton(source: Source) -> ComposedPolicy:
             reasoner = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{source.reasoner} does not describe a causal language model ({error})") from error
+        if fused := next((name for name, p in reasoner.named_parameters() if "expert" in name and p.ndim > 2), None):
+            raise CheckpointError(
+                f"{source.reasoner} is a mixture of experts ({fused}), whose weights vLLM holds in another form; give "
+                "a dense model"
+            )
         transformer = _described(_class(parts["transformer"]), source.pipeline / "transformer")
     return ComposedPolicy(reasoner, transformer, family).eval()
 

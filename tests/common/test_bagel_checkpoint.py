@@ -221,6 +221,31 @@ def test_sizes_that_cannot_be(copy: Path, key: str, value: Any) -> None:
         store.load(copy)
 
 
+def test_rope_as_transformers_5_writes_it(copy: Path) -> None:
+    def change(data: dict[str, Any]) -> None:
+        data.pop("rope_theta", None)
+        data.update(rope_parameters={"rope_type": "default", "rope_theta": 5e4})
+
+    edit(copy / "llm_config.json", change)
+    assert store.load(copy).config.llm_config.rope_theta == 5e4
+    edit(copy / "llm_config.json", lambda data: data.update(rope_theta=1e6))
+    with pytest.raises(CheckpointError, match=r"rope_theta is 1000000\.0 but rope_parameters says 50000\.0"):
+        store.load(copy)
+    edit(copy / "llm_config.json", lambda data: data.update(rope_parameters={"rope_type": "yarn", "factor": 4.0}))
+    with pytest.raises(CheckpointError, match="rope_parameters has the rope_type 'yarn'"):
+        store.load(copy)
+
+
+def test_a_head_of_its_own_that_the_config_calls_tied(copy: Path) -> None:
+    """It would be dropped, and with it what it learned."""
+    for file in ("config.json", "llm_config.json"):
+        edit(copy / file, lambda data: data.get("llm_config", data).update(tie_word_embeddings=True))
+    with pytest.raises(CheckpointError, match=rf"tensor {LM_HEAD} is another than .* say false"):
+        store.load(copy)
+    rewrite(copy / WEIGHTS, lambda t: t.update({LM_HEAD: t["language_model.model.embed_tokens.weight"].clone()}))
+    store.load(copy)
+
+
 def test_sizes_of_another_model(copy: Path) -> None:
     edit(copy / "llm_config.json", lambda data: data.update(num_hidden_layers=data["num_hidden_layers"] + 1))
     with pytest.raises(CheckpointError, match=rf"{WEIGHTS}: tensor language_model\.model\.layers\.\S+ is missing"):

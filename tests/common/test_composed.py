@@ -36,7 +36,7 @@ def model(root: Path, family: str, reasoner: str = "qwen2") -> Model:
 
 def answers(policy: OpenPolicy, texts: list[str]) -> list[list[int]]:
     tokenizer = policy.chat.tokenizer  # type: ignore[attr-defined]
-    return [[*tokenizer.encode(f"so: </think> {text}"), policy.chat.end] for text in texts]
+    return [[*tokenizer.encode(f"so: </think> {text}"), policy.chat.ends[0]] for text in texts]
 
 
 def tokens_of(latents: torch.Tensor) -> torch.Tensor:
@@ -241,6 +241,26 @@ def test_adapters_of_bagel_are_in_both_experts_and_merge_into_its_own_names() ->
     close(fresh.token_logprobs(text)[0], after, atol=1e-4)
 
 
+def test_a_model_may_end_its_answers_with_another_token_than_the_tokenizers(tiny_models: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "llama"
+    shutil.copytree(tiny_models / "llama", directory)
+    own = TemplateChat.read(directory, 10**6).tokenizer.eos_token_id
+    for told, ends in ((7, (7, own)), ([7, own], (7, own)), (None, (own,))):
+        (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": told}))
+        assert TemplateChat.read(directory, 10**6).ends == ends
+
+
+def test_a_mixture_of_experts_is_refused(tiny_models: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_models / "qwen2", tmp_path / "moe")
+    sizes = json.loads((tmp_path / "moe/config.json").read_text())
+    sizes |= {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "moe_intermediate_size": 16}
+    sizes |= {"num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1}
+    (tmp_path / "moe/config.json").write_text(json.dumps(sizes))
+    mixture = Model(path=str(tmp_path / "moe"), pipeline=str(tiny_models / "flux"))
+    with pytest.raises(CheckpointError, match=r"moe is a mixture of experts \(.*experts.*\).* give a dense model"):
+        outline(mixture).skeleton()  # type: ignore[misc]
+
+
 def test_adapters_need_a_layer_in_both_halves(tiny_models: Path) -> None:
     with pytest.raises(ConfigError, match=r"learner\.lora\.target_modules is q_proj: no linear layer of the denoising"):
         lora.add_adapters(open_policy(model(tiny_models, "flux"), frozen=None).policy, Lora(target_modules=("q_proj",)))
@@ -280,6 +300,10 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "foreign class": (
         lambda root: edit_json(root / INDEX, vae=["os", "system"]),
         r"vae is os\.system, which neither transformers nor diffusers has",
+    ),
+    "ends": (
+        lambda root: (root / "llama/generation_config.json").write_text('{"eos_token_id": "<end_of_turn>"}'),
+        r"generation_config\.json: eos_token_id is '<end_of_turn>'; it is a token id or a list",
     ),
     "pickle": (as_pickle, r"text_encoder holds only pytorch_model\.bin, a pickle, which is never opened"),
     "truncated": (lambda root: truncate(root / DIT), r"diffusion_pytorch_model\.safetensors is truncated"),

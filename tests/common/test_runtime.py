@@ -11,8 +11,8 @@ import sys
 
 import pytest
 
-from common.actors import building
-from common.config import ConfigError
+from common.actors import building, options
+from common.config import ConfigError, Resources
 from common.runtime import DRIVER_HAS, engines, free_port, thread_env
 
 PRODUCTS = """
@@ -61,3 +61,9 @@ def test_products_of_ever_new_shapes_leave_no_memory_behind() -> None:
     command = [sys.executable, "-c", PRODUCTS]
     done = subprocess.run(command, env=os.environ | thread_env(1), capture_output=True, text=True, check=True)
     assert int(done.stdout) < 30, "megabytes more after 300 shapes"
+
+
+def test_an_actor_without_gpus_sees_none() -> None:
+    """Ray leaves all of a node's to an actor that asked for none."""
+    assert options(Resources(cpus=1))["runtime_env"]["env_vars"]["CUDA_VISIBLE_DEVICES"] == ""
+    assert "CUDA_VISIBLE_DEVICES" not in options(Resources(cpus=1, gpus=0.5))["runtime_env"]["env_vars"]

@@ -168,7 +168,7 @@ def check_exported(config: TrainConfig, out: Path, trained: Path) -> None:
     drawn = pipeline("a ring", height=64, width=64, num_inference_steps=2, output_type="np").images
     assert drawn.shape == (1, 64, 64, 3) and np.isfinite(drawn).all()
     ids = opened.chat.prompt_ids("a ring beside a cross")
-    engine = Reasoner(out / "reasoner", eos_token_id=opened.chat.end, max_model_len=len(ids) + 2, max_batch=2)
+    engine = Reasoner(out / "reasoner", eos_token_id=opened.chat.ends, max_model_len=len(ids) + 2, max_batch=2)
     try:
         assert torch.tensor(engine.probe(ids)).allclose(policy.token_logprobs([ids])[0], atol=1e-5)
     finally:

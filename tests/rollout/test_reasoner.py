@@ -15,7 +15,7 @@ import torch
 from golden_numbers import GOLDEN, golden
 from safetensors.torch import load_file
 
-from rollout.reasoner import Completion, Reasoner
+from rollout.reasoner import Completion, Reasoner, _in_parts
 from rollout.reasoner_dir import reasoner_shapes, understanding_weights, write_reasoner_dir
 
 EOS = json.loads((GOLDEN / "README.json").read_text())["special_token_ids"]["eos_token_id"]
@@ -299,3 +299,8 @@ def test_an_incomplete_directory_is_not_written(llm_config: dict[str, Any], weig
     with pytest.raises(RuntimeError, match="not given"):
         write_reasoner_dir(tmp_path / "model", llm_config, list(weights.items())[1:])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_go_to_other_processes_in_parts() -> None:
+    given = [(str(n), torch.zeros(n, dtype=torch.uint8)) for n in (3, 4, 9, 1, 1)]
+    assert [[name for name, _ in part] for part in _in_parts(iter(given), 8)] == [["3", "4"], ["9"], ["1", "1"]]
