@@ -54,8 +54,8 @@ def _about(group: Group, pictures: bool) -> list[dict[str, Any]]:
     ]
 
 
-def evaluate(session: EvaluationSession, step: int, must_last: bool = True) -> dict[str, Any]:
-    """Evaluates the weights that the replicas hold; writes eval/step-*.json and the samples of the report. must_last:
+def evaluate(session: EvaluationSession, step: int, required: bool = True) -> dict[str, Any]:
+    """Evaluates the weights that the replicas hold; writes eval/step-*.json and the samples of the report. required:
     OSError if they cannot be written; else that is a warning."""
     config, run = session.config, session.run
     session.progress.phase(f"evaluating {len(session.heldout)} held-out prompts at step {step}")
@@ -103,7 +103,7 @@ def evaluate(session: EvaluationSession, step: int, must_last: bool = True) -> d
         write_samples(run.samples_file(step), samples)
         run.write_json(run.evaluation_file(step), result)  # last: an evaluation that has it is whole
     except OSError as error:
-        if must_last:
+        if required:
             raise
         log.warning("the evaluation at step %d could not be written: %s", step, error)
     session.show(step, samples)

@@ -44,7 +44,7 @@ def steps(session: Session, first: int, began: float) -> Iterator[int]:
     rollout, learner = session.rollout, session.learner
     rollout.sync(learner.publish())
     if _evaluated_at(config, first) and not run.evaluation_file(first).exists():
-        evaluate(session, step=first, must_last=False)  # before training, or cut off with the run that goes on here
+        evaluate(session, step=first, required=False)  # before training, or cut off with the run that goes on here
 
     in_flight, done = InFlight(session, first), first
     recent: list[float] = []
@@ -69,7 +69,7 @@ def steps(session: Session, first: int, began: float) -> Iterator[int]:
             learner.save(run.checkpoint(done), state | {"conditions": conditions(config)}, in_flight.finished())
             recent.clear()
         if _evaluated_at(config, done):
-            evaluate(session, step=done, must_last=last)
+            evaluate(session, step=done, required=last)
         yield step
         if stop:
             break

@@ -54,7 +54,9 @@ class LLMConfig(_Sizes):
         if rope.get("rope_type", "default") != "default":
             raise ValueError(f"rope_parameters has the rope_type {rope['rope_type']!r}; only 'default' is computed")
         theta = rope.get("rope_theta", data.get("rope_theta"))
-        if theta is None or data.get("rope_theta", theta) != theta:
+        if theta is None:
+            raise ValueError("rope_parameters has no rope_theta; copy llm_config.json again")
+        if data.get("rope_theta", theta) != theta:
             raise ValueError(f"rope_theta is {data.get('rope_theta')} but rope_parameters says {theta}; correct one")
         return {**data, "rope_theta": theta}
 

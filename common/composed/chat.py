@@ -39,7 +39,8 @@ class TemplateChat:
             tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"{directory} holds no tokenizer that transformers reads ({error})") from error
-        ends = tuple(dict.fromkeys([*_own_ends(directory), *filter(None.__ne__, [tokenizer.eos_token_id])]))
+        eos = tokenizer.eos_token_id
+        ends = tuple(dict.fromkeys([*_own_ends(directory), *([] if eos is None else [eos])]))
         if not ends:
             raise CheckpointError(f"{directory}: the tokenizer has no eos_token, so that no reasoning would end")
         largest = max((*tokenizer.all_special_ids, *ends, len(tokenizer) - 1))

@@ -68,7 +68,7 @@ def test_a_prompt_that_a_file_has_twice_is_one_with_more_images(session: Any) ->
 def test_a_full_disk_costs_an_evaluation_amid_the_run_only(session: Any, caplog: pytest.LogCaptureFixture) -> None:
     session.run.evaluations.parent.mkdir(parents=True)
     session.run.evaluations.write_text("in the way")
-    assert evaluation_run.evaluate(session, step=4, must_last=False)["strict"] == 1
+    assert evaluation_run.evaluate(session, step=4, required=False)["strict"] == 1
     assert "the evaluation at step 4 could not be written" in caplog.text
     with pytest.raises(OSError, match="eval"):
         evaluation_run.evaluate(session, step=4)

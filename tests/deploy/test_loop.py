@@ -208,7 +208,7 @@ def test_an_evaluation_that_a_kill_cut_off_is_made_up_for(
     def begin(session: Any, step: int) -> None:
         raise InterruptedError("enough")
 
-    monkeypatch.setattr("deploy.loop.evaluate", lambda session, step, must_last: evaluated.append(step))
+    monkeypatch.setattr("deploy.loop.evaluate", lambda session, step, required: evaluated.append(step))
     monkeypatch.setattr("deploy.loop.InFlight", begin)
     session: Any = SimpleNamespace(
         config=load_config("shapes", [f"evaluation.every={every}"]),
