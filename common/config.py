@@ -329,7 +329,8 @@ class Learner(Resources):
     ranks: Count = 2
     """Data-parallel DeepSpeed ranks."""
     zero_stage: Literal[1, 2, 3] = 2
-    """DeepSpeed ZeRO stage; 3 also shards the compute weights, which every layer gathers when it runs."""
+    """DeepSpeed ZeRO stage; 3 also shards the compute weights, which every layer gathers when it runs. Micro-batches
+    add up their gradients in fp32, at stage 1 in the compute type."""
     dtype: DType = Field(default_factory=native_dtype)
     """Compute type, chosen like rollout.dtype; masters are always fp32."""
     lora: Lora | None = None

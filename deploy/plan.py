@@ -114,8 +114,9 @@ def learner_memory(config: TrainConfig, sizes: Sizes) -> ActorMemory:
     on_host = config.objective.uses_reference and learner.reference_on_host and not learner.lora
     micro = min(learner.chains_per_micro_batch, -(-config.chains_per_step // ranks))
     activations = micro * sizes.training_bytes(chain_shape(config, sizes), width, learner.activation_checkpointing)
-    # The step turns one role's gradients after the other into fp32; the activations are gone by then.
-    stepping = max(sizes.counts.trainable.values()) * (width + 4) / ranks
+    # The activations are gone when the step makes, one role after the other, Adam's denominators or at stage 1 a flat
+    # copy of the gradients and that in fp32.
+    stepping = max(sizes.counts.trainable.values()) * (4 if stage >= 2 else width + 4) / ranks
     return ActorMemory(
         "learner",
         ranks,
@@ -124,7 +125,7 @@ def learner_memory(config: TrainConfig, sizes: Sizes) -> ActorMemory:
             "weights": sizes.counts.held * width / (ranks if stage == 3 else 1),
             "reference": sizes.counts.policy * width * holds_reference(config),
             "optimizer": trained * 12 / ranks,
-            "gradients": trained * width / (ranks if stage >= 2 else 1),
+            "gradients": trained * 4 / ranks if stage >= 2 else trained * width,
             "activations": max(activations, stepping),
             "frozen parts": sizes.frozen_bytes(number_bytes(config.rollout.dtype)),
         },

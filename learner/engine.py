@@ -79,6 +79,9 @@ class Engine:
             "zero_allow_untested_optimizer": True,
             "gradient_clipping": grad_clip,
             "bf16": {"enabled": dtype == "bfloat16"},
+            # A sum of many micro-batches in bf16 loses the small ones. At stage 1 DeepSpeed would take another
+            # optimizer class for it, whose gradients the rest of this file does not know.
+            "data_types": {"grad_accum_dtype": "fp32" if zero_stage > 1 else None},
             "steps_per_print": 10**9,
             "wall_clock_breakdown": False,
         }

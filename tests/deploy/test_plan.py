@@ -144,7 +144,8 @@ def test_zero_shards_what_its_stage_says(sizes: BagelSizes) -> None:
 
     one, two = parts(1, 4), parts(2, 4)
     assert one["optimizer"] == two["optimizer"] == parts(2, 1)["optimizer"] / 4
-    assert one["gradients"] == 4 * two["gradients"]
+    assert one["gradients"] == sum(sizes.counts.trainable.values()) * 2, "in the compute type"
+    assert two["gradients"] == sum(sizes.counts.trainable.values()) * 4 / 4, "fp32 on four ranks"
     assert one["weights"] == sizes.counts.policy * 2
 
 

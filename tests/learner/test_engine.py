@@ -148,6 +148,19 @@ def test_a_step_is_adamw() -> None:
         close(found, wanted, atol=2e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_micro_batches_add_up_in_fp32_under_bf16_compute(stage: int) -> None:
+    """The same one 12 times is 12 times its gradient, which a sum in bf16 misses."""
+    norms = []
+    for times in (1, 12):
+        engine = make_engine(fresh(), lr=1e-3, zero_stage=stage, dtype="bfloat16")
+        for part in range(times):
+            engine.backward(loss_of(engine, 0), last=part == times - 1)
+        norms.append(engine.step())
+    for role in ROLES:
+        close(norms[1][role] / norms[0][role], 12.0, rtol=1e-5)
+
+
 def test_gradients_are_clipped_by_the_norm_over_both_groups() -> None:
     """Without moments of earlier steps Adam's second step tells a scaled gradient: its moments are linear in it."""
     moments = []
