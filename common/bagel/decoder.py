@@ -115,8 +115,8 @@ class Layer(nn.Module):
     def read(self, x: Tensor, rope: Rope, packing: Packing) -> tuple[Tensor, Tensor, Tensor]:
         """Packed text x [T, H] -> the same after this layer, and its keys and values [B, L, kv_heads, D]."""
         # Padding is on the right, so the causal mask alone hides it from every real query.
-        q, k, v = (part[packing.index] for part in self.project(x, rope, UND))
-        return self.finish(x, attend(q, k, v, causal=True).flatten(0, 1)[packing.where], UND), k, v
+        q, k, v = (packing.pad(part) for part in self.project(x, rope, UND))
+        return self.finish(x, packing.flatten(attend(q, k, v, causal=True)), UND), k, v
 
     def draw(
         self, gen: Tensor, und: Tensor, key: Tensor, value: Tensor, rope: Rope, mask: Tensor
@@ -156,7 +156,7 @@ class Packing:
     """How B token lists lie flat: list b occupies rows `index[b, :lengths[b]]` of the flat tensor.
 
     index [B, L] int64 (padding points at row 0), lengths [B], present [B, L] bool, where [T] = the padded slots in
-    flat order, so that `padded.flatten(0, 1)[where]` undoes `flat[index]`.
+    flat order, positions [T] of each row in its list.
     """
 
     index: Tensor
@@ -174,6 +174,16 @@ class Packing:
         index = torch.where(present, start[:, None] + column, 0)
         where = present.flatten().nonzero()[:, 0]
         return cls(index, n, present, where, column.expand_as(index).flatten()[where])
+
+    # index_select, since the backward of plain indexing takes several times as long on a CPU.
+
+    def pad(self, flat: Tensor) -> Tensor:
+        """[T, ...] -> [B, L, ...]."""
+        return flat.index_select(0, self.index.flatten()).unflatten(0, self.index.shape)
+
+    def flatten(self, padded: Tensor) -> Tensor:
+        """[B, L, ...] -> [T, ...], without the padding."""
+        return padded.flatten(0, 1).index_select(0, self.where)
 
 
 @dataclass(frozen=True)
@@ -193,7 +203,10 @@ class Context:
     def take(self, index: Tensor) -> Context:
         """Context rows by index [M] (rows may repeat)."""
         return Context(
-            [k[index] for k in self.keys], [v[index] for v in self.values], self.present[index], self.position[index]
+            [k.index_select(0, index) for k in self.keys],
+            [v.index_select(0, index) for v in self.values],
+            self.present[index],
+            self.position[index],
         )
 
 
@@ -235,8 +248,8 @@ class Decoder(nn.Module):
         keys, values = [], []
         for layer in cast(Iterable[Layer], self.layers):
             both = [layer.project(*part) for part in zip(streams, ropes, (UND, GEN), strict=True)]
-            q, k, v = (torch.cat(parts)[flat][packing.index] for parts in zip(*both, strict=True))
-            out = attend(q, k, v, mask=mask[:, None]).flatten(0, 1)[packing.where]
+            q, k, v = (packing.pad(torch.cat(parts)[flat]) for parts in zip(*both, strict=True))
+            out = packing.flatten(attend(q, k, v, mask=mask[:, None]))
             streams = [
                 layer.finish(part, out[row], expert)
                 for part, row, expert in zip(streams, rows, (UND, GEN), strict=True)

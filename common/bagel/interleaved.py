@@ -80,7 +80,7 @@ def lay_out(documents: Sequence[Sequence[Part]], markers: tuple[int, int], devic
         lengths.append(len(ids) - begin)
         after.append(place)
     packing = Packing.of(lengths, device)
-    image = torch.tensor(parts, device=device)[packing.index]
+    image = packing.pad(torch.tensor(parts, device=device))
     same_image = (image[:, :, None] == image[:, None, :]) & (image[:, :, None] > 0)
     length = image.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()

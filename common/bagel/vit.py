@@ -47,11 +47,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
         q, k, v = (
-            project(x).unflatten(-1, (self.heads, -1))[packing.index]
+            packing.pad(project(x).unflatten(-1, (self.heads, -1)))
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         out = attend(q, k, v, mask=packing.present[:, None, None, :])
-        return self.out_proj(out.flatten(0, 1)[packing.where].flatten(-2))
+        return self.out_proj(packing.flatten(out).flatten(-2))
 
 
 class MLP(nn.Module):

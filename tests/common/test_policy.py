@@ -264,4 +264,4 @@ def test_prefill_is_read_with_padding_on_the_right() -> None:
     assert packing.present.tolist() == [[True, True, False], [True, True, True]]
     assert packing.positions.tolist() == [0, 1, 0, 1, 2]
     flat = torch.arange(5)
-    assert torch.equal(flat[packing.index].flatten()[packing.where], flat)
+    assert torch.equal(packing.flatten(packing.pad(flat)), flat)
