@@ -14,11 +14,7 @@ from ray.exceptions import GetTimeoutError
 
 from common.events import event
 from common.prompts import evenly
-from common.records import encode_png
 from common.rundir import replacing
-from common.shapes.reasoning import reasoning_correct
-from common.shapes.score import is_scene
-from common.types import Group
 from deploy.evaluation import Sample, summarise, to_markdown
 from deploy.grid import sample_grid
 from deploy.recovery import redoing_lost
@@ -26,32 +22,11 @@ from deploy.report import read_samples, write_samples
 from deploy.requests import evaluation_requests
 from deploy.scoring import tickets
 from deploy.session import EvaluationSession
+from deploy.shown import describe
 from rewards.pool import Scored
 from rollout.batch import RolloutError
 
 log = logging.getLogger(__name__)
-
-
-@ray.remote(num_cpus=0)
-def describe(groups: list[ray.ObjectRef], pictured: list[bool]) -> list[list[dict[str, Any]]]:
-    """What people want to see of the groups' chains. One task reads them one by one: no image reaches the driver
-    unasked, and no two of them are in memory together."""
-    return [_about(ray.get(ref), pictures) for ref, pictures in zip(groups, pictured, strict=True)]
-
-
-def _about(group: Group, pictures: bool) -> list[dict[str, Any]]:
-    metadata = group.prompt.metadata
-    judged = is_scene(metadata)
-    return [
-        {
-            "reasoning": chain.text.text,
-            "reasoning_correct": reasoning_correct(metadata, chain.text.text)
-            if judged and len(chain.text.ids)
-            else None,
-            "png": encode_png(chain.image.pixels) if pictures else b"",
-        }
-        for chain in group.chains
-    ]
 
 
 def evaluate(session: EvaluationSession, step: int, required: bool = True) -> dict[str, Any]:

@@ -19,13 +19,13 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayE
 from common.actors import Placement, last_line, not_built, options
 from common.config import ConfigError, TrainConfig
 from common.events import event
-from common.runtime import free_port
 from common.timeline import Span
 from common.transport import Publication
 from common.transport.collective import CollectivePublication
 from common.transport.object_store import ObjectStorePublication
 from common.types import NonFiniteError, SelfTestError, WeightManifest
 from learner.actor import LearnerRank
+from learner.rendezvous import rendezvous
 from learner.self_test import verdict
 
 log = logging.getLogger(__name__)
@@ -38,12 +38,6 @@ class LearnerError(RuntimeError):
 
 class LostLearnerError(LearnerError):
     """A rank died, hung or failed, and with it what the ranks hold together: `rebuild` from a checkpoint."""
-
-
-@ray.remote(num_cpus=0)
-def rendezvous() -> str:
-    """host:port for rank 0 to listen on; runs on rank 0's node, which the driver does not know."""
-    return f"{ray.util.get_node_ip_address()}:{free_port()}"
 
 
 class LearnerGroup:
