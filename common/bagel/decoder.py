@@ -219,7 +219,9 @@ class Decoder(nn.Module):
     def __init__(self, config: LLMConfig) -> None:
         super().__init__()
         self.config, self.recompute = config, False
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Without numbers yet: to draw them on the meta device torch imports its compiler, seconds of every start.
+        table = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.norm_moe_gen = RMSNorm(config.hidden_size, config.rms_norm_eps)

@@ -56,11 +56,11 @@ class TimeEmbedder(nn.Module):
 
 
 class PositionTable(nn.Module):
-    """Frozen 2-D sin-cos table, a tensor of the checkpoint."""
+    """Frozen 2-D sin-cos table, a tensor of the checkpoint; without numbers yet, as all of a policy."""
 
     def __init__(self, side: int, hidden: int) -> None:
         super().__init__()
-        self.pos_embed = nn.Parameter(sincos_2d(side, hidden), requires_grad=False)
+        self.pos_embed = nn.Parameter(torch.empty(side * side, hidden), requires_grad=False)
 
     def forward(self, places: Tensor) -> Tensor:
         """Places [N] -> [N, H]."""
@@ -123,7 +123,9 @@ class BagelPolicy(Policy):
 
     def init_weights(self, seed: int) -> None:
         """Random weights for training from nothing: normal(0, 0.02), residual outputs scaled down by depth, zero
-        velocity at first."""
+        velocity at first; and the table of positions."""
+        table = self.latent_pos_embed.pos_embed
+        table.copy_(sincos_2d(self.config.max_latent_size, table.shape[1]))
         generator = torch.Generator().manual_seed(seed)
         depth = self.config.llm_config.num_hidden_layers
         for name, parameter in self.named_parameters():

@@ -29,7 +29,8 @@ class Embeddings(nn.Module):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.patch_embedding = nn.Linear(config.patch_dim, config.hidden_size)
-        self.position_embedding = nn.Embedding((config.image_size // config.patch_size) ** 2, config.hidden_size)
+        places = (config.image_size // config.patch_size) ** 2
+        self.position_embedding = nn.Embedding.from_pretrained(torch.empty(places, config.hidden_size), freeze=False)
 
     def forward(self, patches: Tensor, places: Tensor) -> Tensor:
         return self.patch_embedding(patches) + self.position_embedding(places)
