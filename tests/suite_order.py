@@ -9,22 +9,27 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-WHOLE_RUNS = (
-    "test_chaos",
-    "test_end_to_end",
-    "test_job_submit",
+GOLDEN = "golden"
+LONGEST = (
     "test_pool",
+    "test_end_to_end",
+    "test_chaos",
+    GOLDEN,
+    "test_job_submit",
     "test_composed_end_to_end",
+    "test_sft",
+    "test_reward_pool",
     "test_autoscaling",
+    "test_plan",
 )
-"""Files that mostly wait for Ray's processes. The longest begin first, so that the workers end together."""
+"""What takes about a minute of a worker or more, longest first, so that the workers end together."""
 
 
-def place(item: pytest.Item) -> int:
-    """Whole runs come first, and what looks at all that the other tests did comes last."""
-    if item.path.stem in WHOLE_RUNS:
-        return WHOLE_RUNS.index(item.path.stem)
-    return len(WHOLE_RUNS) + (item.path.name == "test_golden_is_read.py")
+def place(item: pytest.Item) -> tuple[int, bool]:
+    """The longest come first, and what looks at all that the other tests did comes last."""
+    scope = scope_of(item.path)
+    order = LONGEST.index(scope) if scope in LONGEST else len(LONGEST)
+    return order, item.path.name == "test_golden_is_read.py"
 
 
 @cache
@@ -33,13 +38,17 @@ def reads_golden(path: Path) -> bool:
     return "golden_numbers import" in path.read_text()
 
 
+def scope_of(path: Path) -> str:
+    """A file's tests stay together, as do all that read recorded numbers, since the last test asks what was read."""
+    return GOLDEN if reads_golden(path) else path.stem
+
+
 class Together(LoadScopeScheduling):
-    """A file stays on one worker, and so do all that read recorded numbers, as the last test asks what was read."""
+    """Every scope stays on one worker."""
 
     def __init__(self, config: pytest.Config, log: Any) -> None:
         super().__init__(config, log)
         config.option.loadscopereorder = False
 
     def _split_scope(self, nodeid: str) -> str:
-        path = nodeid.split("::")[0]
-        return "golden" if reads_golden(self.config.rootpath / path) else path
+        return scope_of(self.config.rootpath / nodeid.split("::")[0])
