@@ -219,7 +219,7 @@ class Decoder(nn.Module):
     def __init__(self, config: LLMConfig) -> None:
         super().__init__()
         self.config, self.recompute = config, False
-        # Without numbers yet: to draw them on the meta device torch imports its compiler, seconds of every start.
+        # Without numbers: to draw them on the meta device torch imports its compiler, seconds of every start.
         table = torch.empty(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))

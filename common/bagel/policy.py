@@ -56,7 +56,7 @@ class TimeEmbedder(nn.Module):
 
 
 class PositionTable(nn.Module):
-    """Frozen 2-D sin-cos table, a tensor of the checkpoint; without numbers yet, as all of a policy."""
+    """Frozen 2-D sin-cos table. Its numbers are a tensor of the checkpoint, or those of `init_weights`."""
 
     def __init__(self, side: int, hidden: int) -> None:
         super().__init__()

@@ -24,7 +24,7 @@ MAX_PIXELS = 14 * 14 * 9 * 1024
 
 
 class Embeddings(nn.Module):
-    """Pixels of a patch and its place in the grid -> [T, V]."""
+    """Pixels of a patch and its place in the grid -> [T, V]. The places' numbers are a tensor of the checkpoint."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()

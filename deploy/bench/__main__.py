@@ -147,15 +147,11 @@ def show(what: str, value: str) -> None:
 
 def compute_types() -> tuple[torch.dtype, ...]:
     """What this CPU multiplies itself: where torch emulates bf16 the large policy would take hours."""
-    if cpu_has_bfloat16():
-        return torch.float32, torch.bfloat16
-    show("bfloat16", "left out: this CPU does not multiply it")
-    return (torch.float32,)
+    return (torch.float32, torch.bfloat16) if cpu_has_bfloat16() else (torch.float32,)
 
 
 def packed_against_plain(chains: int = 24) -> None:
     """The learner's packed forward and backward at the paper's group and window, on the small and the 40 M policy."""
-    types = compute_types()
     small, middle = BagelConfig.read(resolve_path("deploy/models/shapes")), bagel_config(MIDDLE, 16)
     # The whole group of the 40 M policy at once keeps 4 GB of activations, which a CPU pays for page by page.
     for name, config, context, scored, grid, repeat, micro in (
@@ -163,7 +159,7 @@ def packed_against_plain(chains: int = 24) -> None:
         ("40 M", middle, (CONTEXT, CONTEXT), SCORED, GRID, 1, 4),
     ):
         work = random_work(config, chains=chains, window=WINDOW, context=context, scored=scored, grid=grid)
-        for dtype in types:
+        for dtype in compute_types():
             for what, measured in compare(random_policy(config, dtype), work, repeat, micro):
                 show(f"{name}, {str(dtype).removeprefix('torch.')}: {what}", measured)
 
@@ -196,6 +192,8 @@ def main() -> None:
     torch.set_num_threads(CPUS)
     torch.manual_seed(0)
     print("| what | measured |\n|---|---|", flush=True)
+    if not cpu_has_bfloat16():
+        show("bfloat16", "left out: this CPU does not multiply it")
     for section in sys.argv[1:] or SECTIONS:
         SECTIONS[section]()
 
