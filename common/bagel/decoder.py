@@ -19,20 +19,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from common.bagel.config import LLMConfig
+from common.bagel.elementwise import RMSNorm, Rope
 
 UND, GEN = "", "_moe_gen"
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square normalisation over the last dimension."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
 class MLP(nn.Module):
@@ -79,26 +68,6 @@ class Attention(nn.Module):
     def out(self, x: Tensor, expert: str) -> Tensor:
         """[..., heads, D] -> [..., H]."""
         return getattr(self, "o_proj" + expert)(x.flatten(-2))
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary embedding at given positions: cos and sin [..., 1, D], rotate-half convention."""
-
-    cos: Tensor
-    sin: Tensor
-
-    @classmethod
-    def at(cls, positions: Tensor, config: LLMConfig, dtype: torch.dtype) -> Rope:
-        """positions [...] integers."""
-        half = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32) / config.head_dim
-        angle = positions.float()[..., None] * (1.0 / config.rope_theta**half)
-        angle = torch.cat([angle, angle], -1)[..., None, :]
-        return cls(angle.cos().to(dtype), angle.sin().to(dtype))
-
-    def __call__(self, x: Tensor) -> Tensor:
-        first, second = x.chunk(2, -1)
-        return x * self.cos + torch.cat([-second, first], -1) * self.sin
 
 
 class Layer(nn.Module):

@@ -22,7 +22,7 @@ class BagelSizes:
     """See `common.sizes.Sizes`. Parameters are counted on the meta device, which allocates nothing.
 
     Activations are counted from the decoder's operations, as if all weights were trained (adapters keep less): what
-    autograd keeps of one token in one layer is 6 hidden + 7 query + 2 key/value + 4 intermediate numbers, and every
+    autograd keeps of one token in one layer is 4 hidden + 6 query + 1 key/value + 4 intermediate numbers, and every
     image keeps its own copy of the context's keys and values, repeated to the query heads.
     """
 
@@ -99,7 +99,7 @@ class BagelSizes:
 
     def training_bytes(self, chain: ChainShape, width: int, recompute: bool) -> int:
         llm = self.config.llm_config
-        token = 6 * llm.hidden_size + 7 * self._q + 2 * self._kv + 4 * llm.intermediate_size
+        token = 4 * llm.hidden_size + 6 * self._q + self._kv + 4 * llm.intermediate_size
         images = chain.window * (chain.image + 2)
         layer = (chain.text + images) * token + chain.window * chain.text * 2 * self._q
         entering = (chain.text + images) * llm.hidden_size + (1 + chain.window) * chain.text * 2 * self._kv
