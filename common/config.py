@@ -168,7 +168,8 @@ class Objective(Section):
     text_ratio: Literal["token", "sequence"] = "token"
     """Ratio of each token, or one per reasoning, the geometric mean over its tokens (GSPO)."""
     text_importance_cap: NonNegative = 0.0
-    """Cap of the importance weight of vLLM's log-probs against the learner's (TIS; 2 is usual); 0 is off."""
+    """Cap of the importance weight of vLLM's log-probs against the learner's (TIS; 2 is usual); 0 is off. Stale
+    reasoning has no such weight: its ratio is taken against vLLM's log-probs themselves."""
     mask_truncated: bool = False
     """Leave reasoning that was cut at sampling.max_tokens out of the text objective."""
     image_clip: Positive | Literal["scaled"] = "scaled"

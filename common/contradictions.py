@@ -10,6 +10,7 @@ from urllib.parse import parse_qsl, urlsplit
 if TYPE_CHECKING:
     from common.config import Objective, TrainConfig
 
+LEAST_NOISE = 1e-4  # latents are of size 1 and fp32 rounds them to 1e-7
 _SECRETS = "(api|access|private)?key", "token", "secret", "pass(word|wd|phrase)", "credentials?", "auth(orization)?"
 SECRET = re.compile(rf"(^|[^a-z])({'|'.join(_SECRETS)})$")
 
@@ -48,6 +49,11 @@ def _noise(config: TrainConfig) -> Iterator[str]:
         yield (
             f"sampling.noise_level is 0 but objective.image_weight is {o.image_weight:g}; without noise there is no "
             "ratio to train on: raise the noise or set the weight to 0"
+        )
+    if 0 < s.noise_level < LEAST_NOISE:
+        yield (
+            f"sampling.noise_level is {s.noise_level:g}; fp32 cannot tell so little noise from rounding: give at least "
+            f"{LEAST_NOISE:g}, or 0 for none"
         )
     if s.noise_level == 0 and o.regulariser == "latent_kl":
         yield (
@@ -195,6 +201,11 @@ def _objective(config: TrainConfig) -> Iterator[str]:
         )
     if o.text_weight == 0 and o.image_weight == 0:
         yield "objective.text_weight and objective.image_weight are both 0; nothing would be trained"
+    if 0 < o.text_importance_cap < 1:
+        yield (
+            f"objective.text_importance_cap is {o.text_importance_cap:g}, which would weigh down tokens on whose "
+            "log-probs vLLM and the learner agree; give at least 1 (2 is usual), or 0 for none"
+        )
     if o.image_reweight and s.window_size == 1:
         yield (
             "objective.image_reweight is true but sampling.window_size is 1; it weighs the steps of a window against "
@@ -242,6 +253,11 @@ def unreached(objective: Objective, trained: Collection[str], image_trains_reaso
                 f"objective.{field} is {weight:g} but nothing that it reaches is trained ({' and '.join(halves)}: "
                 "optimizer.frozen, or learning rates of 0); train some of it, or set the weight to 0"
             )
+    if objective.regulariser != "none" and not any(half in trained for half in image):
+        yield (
+            f"objective.regulariser is {objective.regulariser} but nothing that moves a velocity is trained "
+            f"({' and '.join(image)}: optimizer.frozen, or learning rates of 0); set it to none"
+        )
 
 
 def _groups(config: TrainConfig) -> Iterator[str]:

@@ -9,9 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from common.config import Objective
 
 PAPER_LATENT_SIZE = 262_144
 PAPER_IMAGE_CLIP = 1e-6
@@ -90,17 +94,22 @@ def cps_log_prob(x_next: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Sampler:
-    """How a window step is drawn, (t, t_next, noise level) -> coefficients, and the log-prob its authors take of it,
-    (x', mu, s) -> [M]."""
+    """How a window step is drawn, (t, t_next, noise level) -> coefficients, and what -||x' - mu||^2 counts with in the
+    log-prob that its authors take of it, s -> [M]."""
 
     step: Callable[[Tensor, Tensor, float], StepCoefficients]
-    log_prob: Callable[[Tensor, Tensor, Tensor], Tensor]
+    precision: Callable[[Tensor], Tensor]
+
+
+def step_precision(std: Tensor) -> Tensor:
+    """1 / (2 s^2), as in `step_log_prob`."""
+    return 1 / (2 * std**2)
 
 
 SAMPLERS = {
-    "flow_sde": Sampler(sde_step, step_log_prob),
-    "flow_cps": Sampler(cps_step, cps_log_prob),
-    "dance": Sampler(dance_step, step_log_prob),
+    "flow_sde": Sampler(sde_step, step_precision),
+    "flow_cps": Sampler(cps_step, torch.ones_like),
+    "dance": Sampler(dance_step, step_precision),
 }
 
 
@@ -110,21 +119,26 @@ def ratio_norm_log(x_next: Tensor, mean_old: Tensor, mean: Tensor, std: Tensor) 
     return -(z * (mean_old - mean)).flatten(1).mean(1)
 
 
-def plain_log_ratio(
-    x_next: Tensor,
-    mean_old: Tensor,
-    mean: Tensor,
-    std: Tensor,
-    log_prob: Callable[[Tensor, Tensor, Tensor], Tensor] = step_log_prob,
-) -> Tensor:
-    """log p_new(x') - log p_old(x') [M], averaged over latent dimensions."""
-    return log_prob(x_next, mean, std) - log_prob(x_next, mean_old, std)
+def plain_log_ratio(x_next: Tensor, mean_old: Tensor, mean: Tensor, precision: Tensor) -> Tensor:
+    """log p_new(x') - log p_old(x') [M], averaged over latent dimensions, from a sampler's precision [M].
+
+    Not as a difference of log-probs: of size 1 in fp32, they would round it to about 1e-7, the paper's clip to ten
+    steps.
+    """
+    return ((mean - mean_old) * (2 * x_next - mean - mean_old)).flatten(1).mean(1) * precision
 
 
 def gaussian_kl(velocity: Tensor, other: Tensor, move: StepCoefficients) -> Tensor:
     """KL of two policies' steps from one x, ||mu - mu'||^2 / (2 s^2), mean over latent dimensions: [M, N, D] -> [M]."""
     square = ((velocity - other) ** 2).flatten(1).mean(1)
     return square * (move.drive / move.std) ** 2 / 2
+
+
+def image_bound(objective: Objective, latent_size: int) -> float:
+    """What bounds an image update, by objective.image_trust: the clip, with its ValueError, or the KL."""
+    if objective.image_trust == "kl":
+        return objective.image_kl_bound
+    return image_clip(objective.image_clip, latent_size)
 
 
 def image_clip(setting: float | str, latent_size: int) -> float:

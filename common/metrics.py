@@ -39,6 +39,7 @@ METRICS: dict[str, str] = {
     "text/clip_fraction": "Share of reasoning tokens whose ratio is clipped.",
     "text/logprob_diff_rollout": "Mean absolute difference of token log-probs between learner and rollout, in nats.",
     "text/tokens_mean": "Mean reasoning length in tokens, EOS included.",
+    "text/truncated": "Share of reasonings cut at sampling.max_tokens.",
     "text/entropy": "Mean entropy of the reasoning's next-token distribution, in nats.",
     "image/ratio_mean": "Mean importance ratio of the denoising steps.",
     "image/log_ratio_abs": "Mean absolute log ratio of the denoising steps.",

@@ -113,14 +113,15 @@ def read_groups(path: Path) -> list[tuple[Group, NDArray[np.float32], NDArray[np
 def index_groups(path: Path) -> list[tuple[str, tuple[int, ...], RolloutStats]]:
     """Of every group of a file: its prompt's id, its chains' seeds, and how it was made, less the times. Reads no image
     and no latents."""
-    columns = ["group", "prompt_id", "seed", "text_version", "image_version", "reasoning_ids"]
+    columns = ["group", "prompt_id", "seed", "text_version", "image_version", "reasoning_ids", "finished"]
     rows = pq.read_table(path, columns=columns).to_pylist()
     index = []
     for _, group in groupby(rows, key=lambda row: row["group"]):
         chains = list(group)
         tokens = sum(len(chain["reasoning_ids"]) for chain in chains)
+        cut = sum(not chain["finished"] for chain in chains)
         oldest = min(chain[key] for chain in chains for key in ("text_version", "image_version"))
-        stats = RolloutStats(oldest, len(chains), tokens, 0.0, 0.0, 0.0)
+        stats = RolloutStats(oldest, len(chains), tokens, cut, 0.0, 0.0, 0.0)
         index.append((chains[0]["prompt_id"], tuple(chain["seed"] for chain in chains), stats))
     return index
 

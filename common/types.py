@@ -164,12 +164,13 @@ class WeightManifest:
 
 @dataclass(frozen=True)
 class RolloutStats:
-    """What one call to a replica produced: the weight version, chains, reasoning tokens, the seconds of each half, and
-    when it began (Unix time)."""
+    """What one call to a replica produced: the weight version, chains, reasoning tokens, reasonings cut at their limit,
+    the seconds of each half, and when it began (Unix time)."""
 
     version: int
     chains: int
     tokens: int
+    truncated: int
     reasoning_s: float
     drawing_s: float
     started: float

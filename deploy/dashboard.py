@@ -49,6 +49,7 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         ("Gradient norms", "none", ("grad_norm/reasoning", "grad_norm/denoising")),
         ("Advantage", "none", ("advantage/abs_mean",)),
         ("Reasoning", "none", ("text/tokens_mean", "text/entropy")),
+        ("Reasoning cut at the limit", "percentunit", ("text/truncated",)),
         ("Distance to the reference and the old policy", "none", ("image/velocity_mse", "image/kl_old")),
     ),
     "Faults": (

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from common.config import ConfigError, Resources, TrainConfig, resolve_path
 from common.prompts import evenly, read_prompts
 from common.sizes import is_here
@@ -58,6 +60,7 @@ def check_inputs(config: TrainConfig, weights: bool = True) -> Inputs:
     if model:
         check_image(config, model)
         check_guidance(config, model)
+    check_schedules(config)
     check(config.rewards)
     # An evaluation needs no training prompts.
     train = read_prompts(resolve_path(config.data.train)) if config.steps else []
@@ -97,11 +100,11 @@ def trained_names(config: TrainConfig) -> set[str]:
 
 def check_image(config: TrainConfig, model: Outline) -> None:
     """ConfigError for an image size that the model cannot draw, or a clip that is nothing at that size."""
-    from common.flow import image_clip
+    from common.flow import image_bound
 
     rows, cols = check_size(config, model)
     try:
-        image_clip(config.objective.image_clip, rows * cols * model.token_dim)
+        image_bound(config.objective, rows * cols * model.token_dim)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -121,6 +124,29 @@ def check_guidance(config: TrainConfig, model: Outline) -> None:
             raise ConfigError(
                 f"{name}.cfg.text_scale is {cfg.text_scale:g} but {config.model.path} is drawn by a pipeline with one "
                 "branch; give 1"
+            )
+
+
+def check_schedules(config: TrainConfig) -> None:
+    """ConfigError for times that fp32 cannot tell apart, or guidance at times that no step begins at."""
+    from common.flow import timesteps
+
+    shift = config.sampling.shift
+    for name, points, cfg in (
+        ("sampling", config.sampling.points, config.sampling.cfg),
+        ("evaluation", config.evaluation.points, config.evaluation.cfg),
+    ):
+        times = np.array(timesteps(points, shift), np.float32)
+        if (np.diff(times) >= 0).any():
+            raise ConfigError(
+                f"sampling.shift is {shift:g}, with which neighbours of the {points} times of {name}.points are one "
+                "number in fp32; take a shift nearer to 1"
+            )
+        low, high = cfg.interval
+        if cfg.enabled and not any(low < t <= high for t in times[:-1]):
+            raise ConfigError(
+                f"{name}.cfg.interval is [{low:g}, {high:g}], but no step of {name}.points {points} and sampling.shift "
+                f"{shift:g} begins there (the last at {times[-2]:.3g}); widen it, or set {name}.cfg.text_scale to 1"
             )
 
 

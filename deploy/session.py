@@ -139,10 +139,10 @@ def last_checkpoint(run: RunDirectory, every: int) -> tuple[Path, dict[str, Any]
     return found
 
 
-def _resumed(config: TrainConfig, run: RunDirectory, every: int) -> tuple[Path | None, int]:
-    """The checkpoint that a run is resumed from, and its step. ConfigError as of `last_checkpoint`, or if the reference
-    or what is trained is another than before."""
-    found = last_checkpoint(run, every)
+def _resumed(config: TrainConfig, run: RunDirectory, begun: TrainConfig) -> tuple[Path | None, int]:
+    """The checkpoint that a run is resumed from, and its step. begun: what the run was asked for until now. ConfigError
+    as of `last_checkpoint`, or if the reference or what is trained is another than before."""
+    found = last_checkpoint(run, begun.checkpoints.every)
     if not found:
         return None, 0
     checkpoint, state = found
@@ -151,6 +151,7 @@ def _resumed(config: TrainConfig, run: RunDirectory, every: int) -> tuple[Path |
             f"model.path {config.model.path} is not the checkpoint that {run.path} started from, so the update "
             "would be held to another reference than before; restore it, or start a new run"
         )
+    _same_adapters(begun, config)
     before, now = run_checkpoint.trained(checkpoint), trained_names(config)
     if differing := sorted(before ^ now):
         was = "was trained and now is not" if differing[0] in before else "is trained now and was not before"
@@ -160,6 +161,25 @@ def _resumed(config: TrainConfig, run: RunDirectory, every: int) -> tuple[Path |
             f"model.path={checkpoint / 'policy'}"
         )
     return checkpoint, int(state["step"])
+
+
+def _same_adapters(begun: TrainConfig, config: TrainConfig) -> None:
+    """ConfigError for adapters that mean something else than they did: nothing in a checkpoint tells."""
+    before, now = begun.learner.lora, config.learner.lora
+    if not (before and now):
+        return  # then other parameters are trained, which is said by name
+    for field in ("rank", "alpha"):
+        was, wanted = getattr(before, field), getattr(now, field)
+        if was != wanted:
+            raise ConfigError(
+                f"learner.lora.{field} is {wanted:g} but the run's adapters were trained with {was:g}; leave it as it "
+                "was, or start a new run"
+            )
+    if config.optimizer.frozen and config.seed != begun.seed:
+        raise ConfigError(
+            f"seed is {config.seed} but was {begun.seed}, from which the adapters were drawn that optimizer.frozen "
+            "keeps; leave it as it was"
+        )
 
 
 @contextmanager
@@ -173,7 +193,7 @@ def open_session(config: TrainConfig, resume: bool = False) -> Iterator[Session]
             stack.enter_context(run.open().owned())
             run.clear_partial()
             begun = load_config(str(run.config))
-            checkpoint, first = _resumed(config, run, begun.checkpoints.every)
+            checkpoint, first = _resumed(config, run, begun)
         elif run.path.exists():
             raise ConfigError(f"{run.path} exists already; give another run_name, or --resume to continue that run")
         progress = stack.enter_context(Progress(config.steps, first))

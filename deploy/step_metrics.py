@@ -51,6 +51,7 @@ def describe(
         **extra,
         **supervised,
         "text/tokens_mean": tokens / max(chains, 1),
+        "text/truncated": sum(s.truncated for s in batch.stats) / max(chains, 1),
         "rollout/images_per_s": batch.images_per_s,
         "rollout/tokens_per_s": tokens / max(sum(s.reasoning_s for s in batch.stats) / replicas, 1e-9),
         "time/reasoning_s": sum(s.reasoning_s for s in batch.stats) / replicas,

@@ -66,7 +66,7 @@ class LearnerRank:
             parameters.freeze(reference, config.optimizer.frozen)
             self.reference = reference
         rows, cols = self.checkpoint.grid(config.model.height, config.model.width)
-        clip = flow.image_clip(o.image_clip, rows * cols * self.checkpoint.token_dim)
+        bound = flow.image_bound(o, rows * cols * self.checkpoint.token_dim)
         if config.learner.activation_checkpointing:
             policy.recompute_activations()
         groups = parameters.groups(policy, config.optimizer)
@@ -81,7 +81,7 @@ class LearnerRank:
             weight_decay=config.optimizer.weight_decay,
             grad_clip=config.optimizer.grad_clip,
         )
-        parts = self.engine, self.reference, config, clip, self.ranks
+        parts = self.engine, self.reference, config, bound, self.ranks
         self.updater = ReFLUpdater(self.checkpoint, *parts) if config.algorithm == "refl" else Updater(*parts)
         self.publisher = Publisher(self.engine, config.rollout.dtype, config.rollout.bucket_mb, rank)
         self.sender: CollectiveSender | None = None

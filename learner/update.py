@@ -139,11 +139,11 @@ class Updater:
         engine: Engine,
         reference: Callable[..., PolicyOutput] | None,
         config: TrainConfig,
-        image_clip: float,
+        image_bound: float,
         ranks: int,
     ) -> None:
         self.engine, self.reference, self.config = engine, reference, config
-        self.image_clip, self.ranks = image_clip, ranks
+        self.image_bound, self.ranks = image_bound, ranks
         self.sampler = flow.SAMPLERS[config.sampling.sampler]
 
     def run(self, minibatches: list[list[MicroBatch]], totals: list[int]) -> dict[str, float]:
@@ -269,12 +269,11 @@ class Updater:
         if o.ratio_norm:
             log_ratio = flow.ratio_norm_log(micro.x_next, mean_old, mean, move.std)
         else:
-            log_ratio = flow.plain_log_ratio(micro.x_next, mean_old, mean, move.std, self.sampler.log_prob)
+            log_ratio = flow.plain_log_ratio(micro.x_next, mean_old, mean, self.sampler.precision(move.std))
         dt = (micro.t_next - micro.packed.t).view(micro.shape)
         weight = objective.guard_weight(dt) if o.image_reweight else torch.ones_like(dt)
-        bound = self.image_clip if o.image_trust == "clip" else o.image_kl_bound
         return objective.image_objective(
-            log_ratio.view(micro.shape), micro.advantage, divergence, weight, o.image_trust, bound
+            log_ratio.view(micro.shape), micro.advantage, divergence, weight, o.image_trust, self.image_bound
         )
 
     @torch.no_grad()

@@ -205,8 +205,9 @@ class RolloutReplica:
             groups.append(Group(request.prompt, request.step, tuple(chains[start:end])))
             start = end
         tokens = sum(len(completion.ids) for completion in completions)
+        cut = sum(not completion.finished for completion in completions)
         seconds = reasoned - started, time.monotonic() - reasoned
-        return RolloutStats(min(versions), len(chains), tokens, *seconds, begun.started), *groups
+        return RolloutStats(min(versions), len(chains), tokens, cut, *seconds, begun.started), *groups
 
     def _guidance(self, requests: list[RolloutRequest]) -> Guidance | None:
         cfg = requests[0].cfg

@@ -97,7 +97,7 @@ class SimulatedHost:
         self._calls.setdefault(replica, []).append((begun, time.monotonic()))
         chains = sum(len(group.chains) for group in groups)
         tokens = chains * len(self._chain[0].ids)
-        return RolloutStats(version, chains, tokens, half, half, time.time() - 2 * half), *groups
+        return RolloutStats(version, chains, tokens, 0, half, half, time.time() - 2 * half), *groups
 
     def _copy(self, seed: int) -> Chain:
         """Arrays of its own, so that each is serialised."""

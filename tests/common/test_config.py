@@ -163,6 +163,14 @@ def test_unknown_keys_are_named_with_the_closest_known_one(data: dict[str, Any],
             ["sampling.noise_level is 0 but objective.image_weight is 1", "raise the noise"],
         ),
         (
+            {"sampling": {"noise_level": 1e-8}},
+            ["sampling.noise_level is 1e-08", "fp32 cannot tell", "give at least 0.0001, or 0 for none"],
+        ),
+        (
+            {"objective": {"text_importance_cap": 0.5}},
+            ["objective.text_importance_cap is 0.5", "give at least 1 (2 is usual), or 0 for none"],
+        ),
+        (
             {"sampling": {"sampler": "flow_cps", "points": 6, "window_range": [1, 5]}},
             ["window_range ends at step 5, the last one", "flow_cps adds no noise", "end it earlier"],
         ),

@@ -126,10 +126,10 @@ def test_flow_cps_of_every_step(level: str) -> None:
         close(mean, s[f"cps_{level}_mean"][step])
         close(mean + one.std[:, None, None] * s["noise"][step], sample)
         close(new, s[f"cps_{level}_new_mean"][step])
-        found = cps.log_prob(sample, s[f"cps_{level}_mean"][step], one.std)
+        found = flow.cps_log_prob(sample, s[f"cps_{level}_mean"][step], one.std)
         close(found, s[f"cps_{level}_logp"][step])
         close(found[0], s[f"cps_{level}_bagel_logp"][step])
-        close(cps.log_prob(sample, s[f"cps_{level}_new_mean"][step], one.std), s[f"cps_{level}_new_logp"][step])
+        close(flow.cps_log_prob(sample, s[f"cps_{level}_new_mean"][step], one.std), s[f"cps_{level}_new_logp"][step])
     close((-s["sigmas"].diff()).sqrt(), s[f"cps_{level}_sqrt_dt"])
 
 
@@ -167,7 +167,12 @@ def test_the_closed_form_of_ratio_norm_holds_for_every_sampler(
     close(bias, ((mean_old - mean) ** 2).mean((1, 2)) / (2 * scale**2), atol=1e-9, rtol=1e-6)
     found = flow.ratio_norm_log(sample, mean_old, mean, scale)
     close(found, -(z * (mean_old - mean)).mean((1, 2)), atol=1e-9, rtol=1e-6)
-    close(found, scale * (flow.plain_log_ratio(sample, mean_old, mean, scale) + bias), atol=1e-9, rtol=1e-6)
+    close(
+        found,
+        scale * (flow.plain_log_ratio(sample, mean_old, mean, flow.step_precision(scale)) + bias),
+        atol=1e-9,
+        rtol=1e-6,
+    )
     assert flow.ratio_norm_log(sample, mean_old, mean_old, scale).tolist() == [0.0]
     assert flow.gaussian_kl(old, old, move).tolist() == [0.0]
 
@@ -189,7 +194,7 @@ def test_ratio_norm_is_the_plain_ratio_without_bias_times_std(level: str) -> Non
     s = {name: array.double() for name, array in steps().items()}
     new, old, sample = (s[f"sde_{level}_{part}"] for part in ("new_mean", "mean", "prev"))
     for i, scale in enumerate(scales(s, level)):
-        plain = flow.plain_log_ratio(sample[i], old[i], new[i], scale)
+        plain = flow.plain_log_ratio(sample[i], old[i], new[i], flow.step_precision(scale))
         bias = ((old[i] - new[i]) ** 2).mean((1, 2)) / (2 * scale**2)
         close(flow.ratio_norm_log(sample[i], old[i], new[i], scale), scale * (plain + bias), atol=1e-9, rtol=1e-9)
 
@@ -199,9 +204,25 @@ def test_plain_ratio(level: str) -> None:
     s, guard = steps(), golden("flowgrpo/guard.npz")
     for i, std in enumerate(scales(s, level)):
         log_ratio = flow.plain_log_ratio(
-            s[f"sde_{level}_prev"][i], s[f"sde_{level}_mean"][i], s[f"sde_{level}_new_mean"][i], std
+            *(s[f"sde_{level}_{part}"][i] for part in ("prev", "mean", "new_mean")), flow.step_precision(std)
         )
         close(log_ratio.exp(), guard[f"plain_{level}_bs1_ratio"][i], atol=3e-6, rtol=3e-6)
+
+
+@pytest.mark.parametrize("name", flow.SAMPLERS)
+def test_plain_ratio_is_the_difference_of_log_probs_and_keeps_what_fp32_log_probs_lose(name: str) -> None:
+    """At the paper's latent size, a policy one small step on: the log ratio is of the order of the clip, 1e-6."""
+    generator = torch.Generator().manual_seed(0)
+    sampler = flow.SAMPLERS[name]
+    move = sampler.step(torch.tensor([0.9]), torch.tensor([0.85]), 0.8)
+    x, v, step, z = torch.randn(4, 1, 4096, 64, generator=generator)
+    mean, mean_old = flow.mean_of(move, x, v + 1e-3 * step), flow.mean_of(move, x, v)
+    x_next = mean_old + move.std * z
+    log_prob = flow.cps_log_prob if name == "flow_cps" else flow.step_log_prob
+    exact = [log_prob(x_next.double(), m.double(), move.std.double()) for m in (mean, mean_old)]
+    found = flow.plain_log_ratio(x_next, mean_old, mean, sampler.precision(move.std))
+    assert 0 < found.abs() < 1e-5
+    close(found.double(), exact[0] - exact[1], atol=1e-10, rtol=1e-3)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -210,7 +231,7 @@ def test_ratios_of_equal_policies_are_exactly_one(level: str) -> None:
     for i, std in enumerate(scales(s, level)):
         mean, sample = s[f"sde_{level}_mean"][i], s[f"sde_{level}_prev"][i]
         assert (flow.ratio_norm_log(sample, mean, mean, std).exp() == 1).all()
-        assert (flow.plain_log_ratio(sample, mean, mean, std).exp() == 1).all()
+        assert (flow.plain_log_ratio(sample, mean, mean, flow.step_precision(std)).exp() == 1).all()
 
 
 def test_image_clip_scales_with_the_latent_size() -> None:

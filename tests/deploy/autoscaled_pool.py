@@ -52,7 +52,7 @@ class SimulatedEngine:
 
     def generate(self, requests: list[RolloutRequest], begun: None, holding: int) -> tuple[Any, ...]:
         time.sleep(CALL_S)
-        stats = RolloutStats(self.version, len(requests), 0, CALL_S, 0.0, time.time())
+        stats = RolloutStats(self.version, len(requests), 0, 0, CALL_S, 0.0, time.time())
         return stats, *(ray.get_runtime_context().get_node_id() for _ in requests)
 
 

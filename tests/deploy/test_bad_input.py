@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from common.config import REPOSITORY
+from common.config import REPOSITORY, TrainConfig
 from common.policy import directories
 from common.recipe import load_config, to_yaml
 from common.rundir import RunDirectory, replacing_directory
@@ -127,18 +127,45 @@ def test_a_resume_that_fails_leaves_the_run_as_it_was(monkeypatch, capsys, tmp_p
     assert run.config.read_bytes() == before
 
 
-def test_resume_with_another_set_of_trained_parameters(monkeypatch, capsys, tmp_path: Path) -> None:
-    """What is not trained any more would be the start's again."""
-    config = load_config("shapes", ["optimizer.frozen=[denoising]", "objective.image_weight=0"])
-    run = RunDirectory(tmp_path / "mine").create(to_yaml(config))
+def checkpointed(directory: Path, config: TrainConfig) -> RunDirectory:
+    """A run with a checkpoint that a resume looks at before anything starts."""
+    run = RunDirectory(directory).create(to_yaml(config))
     with replacing_directory(run.checkpoint(20)) as aside:
         save_file({f"master.{name}": torch.zeros(1) for name in trained_names(config)}, aside / "optimizer.safetensors")
         state = {"step": 20, "reference": identity(directories(config.model))}
         (aside / "state.json").write_text(json.dumps(state))
         (aside / MANIFEST).write_text(json.dumps({}))
+    return run
+
+
+def test_resume_with_another_set_of_trained_parameters(monkeypatch, capsys, tmp_path: Path) -> None:
+    """What is not trained any more would be the start's again."""
+    config = load_config("shapes", ["optimizer.frozen=[denoising]", "objective.image_weight=0"])
+    run = checkpointed(tmp_path / "mine", config)
     for override, said in (("[]", "is trained now and was not before"), ("[denoising, '*.layers.0.*']", "was trained")):
         error = attempt(monkeypatch, capsys, "train", "--resume", str(run.path), f"optimizer.frozen={override}")
         assert said in error and f"start a new run with model.path={run.checkpoint(20) / 'policy'}" in error
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        (
+            "learner.lora.rank=8",
+            "learner.lora.rank is 8 but the run's adapters were trained with 4; leave it as it was",
+        ),
+        ("learner.lora.alpha=320", "learner.lora.alpha is 320 but the run's adapters were trained with 32; leave it"),
+        ("seed=5", "seed is 5 but was 0, from which the adapters were drawn that optimizer.frozen keeps; leave it"),
+        ("learner.lora=null", "is trained now and was not before"),
+    ],
+)
+def test_resume_with_adapters_that_mean_something_else(
+    monkeypatch, capsys, tmp_path: Path, override: str, said: str
+) -> None:
+    config = load_config("shapes", ["learner.lora.rank=4", "optimizer.frozen=['*.lora_A.*']"])
+    run = checkpointed(tmp_path / "mine", config)
+    frozen = ["optimizer.frozen=[]"] if override == "learner.lora=null" else []
+    assert said in attempt(monkeypatch, capsys, "train", "--resume", str(run.path), override, *frozen)
 
 
 @pytest.mark.parametrize("name", ["my model", "2026", "ckpt #2", "a: b", "x" * 120])

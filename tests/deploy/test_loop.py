@@ -36,7 +36,7 @@ def batch_of(versions: list[int], follow_up: Any = None) -> Batch:
     requests = [RolloutRequest(Prompt(str(i), "p", {}), 5, (0, 1), None, 2) for i in range(len(versions))]
     batch = Batch(requests, follow_up=follow_up)
     for place, version in enumerate(versions):
-        batch.finish([place], [f"group {place}"], RolloutStats(version, 2, 0, 0.0, 0.0, 0.0))
+        batch.finish([place], [f"group {place}"], RolloutStats(version, 2, 0, 0, 0.0, 0.0, 0.0))
     return batch
 
 
@@ -224,7 +224,7 @@ def test_an_evaluation_that_a_kill_cut_off_is_made_up_for(
 def test_a_group_may_be_made_again_after_a_call_that_hung_to_its_deadline() -> None:
     config = validate({"rollout": {"deadline_s": 0.2}})
     batch = Batch(batch_of([0]).requests)
-    stats = RolloutStats(0, 2, 0, 0.0, 0.0, 0.0)
+    stats = RolloutStats(0, 2, 0, 0, 0.0, 0.0, 0.0)
     threading.Timer(0.5, lambda: batch.finish([0], ["made again"], stats)).start()  # type: ignore[list-item]
     rewards = SimpleNamespace(start=lambda ref, size: (ref, size))
     assert tickets(SimpleNamespace(config=config, rewards=rewards), batch) == [("made again", 2)]  # type: ignore[arg-type, comparison-overlap]

@@ -76,6 +76,29 @@ def test_a_clip_that_fp32_cannot_tell_from_a_ratio_of_one() -> None:
     with pytest.raises(ConfigError, match=r"objective.image_clip is 1e-08, .* less than fp32 can tell .* give a"):
         check_inputs(config_with(objective={"image_clip": 1e-8}))
 
+    check_inputs(config_with(objective={"image_clip": 1e-8, "image_trust": "kl"}))
+
+
+def test_guidance_at_times_that_no_step_begins_at() -> None:
+    late = {"text_scale": 4.0, "interval": (0.0, 0.1)}
+    both = {"sampling": {"cfg": late}, "evaluation": {"cfg": late}}
+    with pytest.raises(
+        ConfigError, match=r"sampling.cfg.interval is \[0, 0.1\], but no step .*at 0.25\); widen it, or"
+    ):
+        check_inputs(config_with(**both))
+    check_inputs(
+        config_with(**both | {"sampling": {"cfg": late, "points": 41}, "evaluation": {"cfg": late, "points": 41}})
+    )
+    with pytest.raises(
+        ConfigError, match=r"evaluation.cfg.interval is .* of evaluation.points 21 and sampling.shift 3"
+    ):
+        check_inputs(config_with(sampling={"points": 41}, evaluation={"cfg": late}))
+
+
+def test_times_that_fp32_cannot_tell_apart() -> None:
+    with pytest.raises(ConfigError, match=r"sampling.shift is 1e\+09, .* one number in fp32; take a shift nearer to 1"):
+        check_inputs(config_with(sampling={"shift": 1e9}))
+
 
 def test_more_prompts_per_step_than_there_are(tmp_path: Path) -> None:
     few = tmp_path / "few.jsonl"

@@ -21,7 +21,9 @@ PROMPTS = [Prompt(str(i), f"prompt {i}", {}) for i in range(7)]
 
 def finished(requests: list[RolloutRequest], version: int) -> Batch:
     batch = Batch(requests)
-    stats = RolloutStats(version, chains=2 * len(requests), tokens=9, reasoning_s=1.0, drawing_s=1.0, started=0.0)
+    stats = RolloutStats(
+        version, chains=2 * len(requests), tokens=9, truncated=0, reasoning_s=1.0, drawing_s=1.0, started=0.0
+    )
     batch.finish(list(range(len(requests))), list(requests), stats)  # type: ignore[arg-type]
     return batch
 

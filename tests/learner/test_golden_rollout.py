@@ -59,7 +59,7 @@ def test_replayed_window(policy: BagelPolicy, case: str) -> None:
     close(mean, numbers[f"{case}_means"])
     close(quadratic(x_next, mean, move.std), numbers[f"{case}_log_probs"])
     close(quadratic(x_next, mean_old, move.std), numbers["window_log_probs"])
-    log_ratio = flow.plain_log_ratio(x_next, mean_old, mean, move.std)
+    log_ratio = flow.plain_log_ratio(x_next, mean_old, mean, flow.step_precision(move.std))
     close(log_ratio.exp(), numbers[f"{case}_ratio"], atol=1e-5)
 
     ones = torch.ones(size, 1)

@@ -172,9 +172,11 @@ def test_recorded_image_losses_and_gradients(
     numbers, move = image_case()
     x, x_next = numbers["latents"][:-1], numbers["latents"][1:]
     velocity = numbers["v_theta"].requires_grad_()
-    ratio = flow.ratio_norm_log if ratio_norm else flow.plain_log_ratio
     mean, mean_old = flow.mean_of(move, x, velocity), flow.mean_of(move, x, numbers["v_old"])
-    log_ratio = ratio(x_next, mean_old, mean, move.std)[None]
+    if ratio_norm:
+        log_ratio = flow.ratio_norm_log(x_next, mean_old, mean, move.std)[None]
+    else:
+        log_ratio = flow.plain_log_ratio(x_next, mean_old, mean, flow.step_precision(move.std))[None]
     dt = numbers["sigmas"].diff()[numbers["steps"]][None]
     steps = guard_weight(dt) if reweight else torch.ones_like(dt)
     found = image_loss(log_ratio, torch.tensor([advantage]), clip, weight=steps)
@@ -207,7 +209,8 @@ def test_guard_losses(level: str) -> None:
     steps, batch = advantage.shape
     parts = [s[f"sde_{level}_{part}"].flatten(0, 1) for part in ("prev", "mean", "new_mean")]
     scale = std.repeat_interleave(batch)
-    norm, plain = (f(*parts, scale).view(steps, batch) for f in (flow.ratio_norm_log, flow.plain_log_ratio))
+    norm = flow.ratio_norm_log(*parts, scale).view(steps, batch)
+    plain = flow.plain_log_ratio(*parts, flow.step_precision(scale)).view(steps, batch)
     dt = -(s[f"sde_{level}_sqrt_dt"] ** 2)
 
     weight = guard_weight(dt[None]) * (1 / dt.abs()).mean()

@@ -73,7 +73,7 @@ CUT = {"image_grad_to_reasoning": False}
         ({"lr_denoising": 0.0}, CUT, "image_weight is 1"),
         ({"frozen": ("reasoning",)}, {}, "text_weight is 1"),
         ({"frozen": ("denoising",)}, IMAGE | CUT, "image_weight is 1"),
-        ({"frozen": ("denoising",)}, TEXT | CUT, None),
+        ({"frozen": ("denoising",)}, TEXT | CUT | {"regulariser": "none"}, None),
         ({"frozen": ("reasoning",), "lr_denoising": 0.0}, IMAGE, "image_weight is 1"),
     ],
 )
@@ -86,6 +86,19 @@ def test_an_objective_that_would_train_nothing_is_refused(
         return check_reached(policy, rates_of, Objective.model_validate(objective))
     with pytest.raises(ConfigError, match=f"objective.{unreached} but nothing that it reaches is trained .*set the w"):
         check_reached(policy, rates_of, Objective.model_validate(objective))
+
+
+@pytest.mark.parametrize("regulariser", ["velocity_mse", "latent_kl"])
+def test_a_regulariser_that_nothing_trained_can_move_is_refused(regulariser: str) -> None:
+    """It would cost a reference and always be 0."""
+    policy, frozen = store.load(CHECKPOINT).policy, Optimizer(frozen=("denoising",))
+    freeze(policy, frozen.frozen)
+    still = TEXT | {"regulariser": regulariser}
+    check_reached(policy, frozen, Objective.model_validate(still))  # through keys and values
+    with pytest.raises(
+        ConfigError, match=rf"regulariser is {regulariser} but nothing that moves a velocity .* to none"
+    ):
+        check_reached(policy, frozen, Objective.model_validate(still | CUT))
 
 
 def test_a_composed_policys_image_does_not_reach_its_language_model(tiny_models: Path) -> None:

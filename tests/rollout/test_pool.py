@@ -351,7 +351,7 @@ def test_groups_that_are_there_are_not_made_again(pool: RolloutPool, config: Tra
     calm = submit(pool, config)
     found = dict(calm.arrivals(DEADLINE_S))
     places = (0, 2, 3, 5)
-    kept = {place: (ray.put(f"kept {place}"), RolloutStats(6, 2, 9, 0.0, 0.0, 0.0)) for place in places}
+    kept = {place: (ray.put(f"kept {place}"), RolloutStats(6, 2, 9, 0, 0.0, 0.0, 0.0)) for place in places}
     batch = pool.submit(calm.requests, kept)
     groups = [ray.get(ref) for _, ref in sorted(batch.arrivals(DEADLINE_S))]
     assert [groups[place] for place in places] == [f"kept {place}" for place in places]

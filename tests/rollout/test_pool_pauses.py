@@ -83,7 +83,7 @@ class Script:
 
     def end(self, version: int) -> None:
         assert self.under_way is not None
-        self.under_way.future_.set_result(RolloutStats(version, 4, 8, 0.1, 0.1, 0.0))
+        self.under_way.future_.set_result(RolloutStats(version, 4, 8, 0, 0.1, 0.1, 0.0))
 
 
 def done(value: Any) -> Ref:
