@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from journals import read_events
 from PIL import Image
@@ -34,6 +35,7 @@ SMALL = [
     "learner.dtype=float32",
     "data.prompts_per_step=4",
     "data.group_size=4",
+    "sampling.max_tokens=26",
     "rollout.groups_per_call=2",
     "evaluation.prompts=7",
     "evaluation.images_per_prompt=2",
@@ -149,8 +151,11 @@ def test_rollouts_are_recorded_with_the_version_they_were_made_with(whole: RunDi
                 assert (chain.text.logprobs <= 0).all()
                 assert chain.image.x_t.shape[0] == window
                 assert chain.image.pixels.shape == (32, 32, 3)
-        seeds = [chain.seed for group, *_ in groups for chain in group.chains]
-        assert len(set(seeds)) == len(seeds)
+        chains = [chain for group, *_ in groups for chain in group.chains]
+        assert len({chain.seed for chain in chains}) == len(chains)
+        row = whole.read_metrics()[step]
+        assert row["text/tokens_mean"] == np.mean([len(chain.text.ids) for chain in chains])
+        assert 0 < row["text/truncated"] == np.mean([not chain.text.finished for chain in chains])
 
 
 def test_checkpoints_evaluations_and_report(whole: RunDirectory) -> None:
