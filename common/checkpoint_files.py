@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SHARD_BYTES = 5 << 30
+FINITE_AT_ONCE = 1 << 24
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # What a zip archive (torch.save) and a bare pickle begin with.
 _PICKLED = (b"PK\x03\x04", b"\x80")
@@ -77,6 +78,19 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of one safetensors file, memory-mapped. CheckpointError if missing or truncated."""
     with opened(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+
+def check_finite(tensors: Iterable[tuple[str, Tensor]], files: Mapping[str, Path], where: Path) -> None:
+    """CheckpointError naming the first tensor with a NaN or an infinite number, and its file, or else `where`: a policy
+    with one draws noise, which scorers take for images. In parts, so that little memory is needed beside a tensor."""
+    for name, tensor in tensors:
+        if not tensor.is_floating_point() or tensor.itemsize == 1:  # torch cannot ask numbers of 8 bits
+            continue
+        if not all(part.isfinite().all() for part in tensor.flatten().split(FINITE_AT_ONCE)):
+            raise CheckpointError(
+                f"{files.get(name, where)}: tensor {name} has NaN or infinite numbers (as {str(tensor.dtype)[6:]}); "
+                "copy it again, or give another checkpoint"
+            )
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ MOST_REQUESTS = 256  # of a reasoner, decoded at once
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -378,7 +379,7 @@ class Evaluation(Section):
     """Time points of the evaluation schedule."""
     cfg: Cfg = Cfg()
     """Guidance of evaluation and `unigrpo generate`."""
-    seed: Annotated[int, Field(ge=0)] = 1234
+    seed: Seed = 1234
     """Seed of the evaluation's noise and sampling, the same for every checkpoint."""
     samples: Count = 14
     """Held-out prompts shown in the report."""
@@ -413,7 +414,7 @@ class TrainConfig(Section):
     """Name of the run and of its directory under runs_dir."""
     runs_dir: str = "runs"
     """Where run directories are made; a relative path starts at $UNIGRPO_HOME, see docs/cluster.md."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Seed of everything random."""
     steps: Annotated[int, Field(ge=0)] = 100
     """Training steps; 0 only evaluates."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,43 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from common.config import REPOSITORY, ConfigError, TrainConfig
+from common.runtime import one_line
 
 RECIPES = REPOSITORY / "deploy" / "recipes"
+
+
+class _PlainData(yaml.SafeLoader):
+    """YAML of what JSON has, too: a date is text, and a key comes once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        for number, key in enumerate(keys):
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is no name of a field", node.start_mark)
+            if key in keys[:number]:
+                raise yaml.constructor.ConstructorError(None, None, f"{key} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_PlainData.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_PlainData.yaml_constructors = {
+    tag: make
+    for tag, make in yaml.SafeLoader.yaml_constructors.items()
+    if tag is None or tag.rpartition(":")[2] in ("null", "bool", "int", "float", "str", "seq", "map")
+}
+
+
+def _parse(text: str) -> Any:
+    """YAMLError for what is not YAML, or goes round in a circle."""
+    data = yaml.load(text, _PlainData)
+    try:
+        json.dumps(data)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise yaml.YAMLError(one_line(error)) from error
+    return data
 
 
 def read_recipe(recipe: str, within: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -27,9 +63,11 @@ def read_recipe(recipe: str, within: tuple[str, ...] = ()) -> dict[str, Any]:
         hint = f"did you mean {close[0]}?" if close else f"known recipes: {', '.join(known)}"
         raise ConfigError(f"recipe {recipe} is neither a file nor a known recipe; {hint}")
     try:
-        data = yaml.safe_load(path.read_text())
+        data = _parse(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text ({error}); save it as such") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+        raise ConfigError(f"{path} is not valid YAML: {one_line(error)}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds a {type(data).__name__}; a recipe is a mapping of fields")
     if "extends" not in data:
@@ -60,9 +98,9 @@ def apply_overrides(data: dict[str, Any], overrides: list[str]) -> dict[str, Any
         if not equals or not key:
             raise ConfigError(f"override {override!r} is not key=value, e.g. steps=2 or optimizer.lr_denoising=1e-4")
         try:
-            value = yaml.safe_load(text)
+            value = _parse(text)
         except yaml.YAMLError as error:
-            raise ConfigError(f"override {override!r}: the value is not valid YAML ({error})") from error
+            raise ConfigError(f"override {override!r}: the value is not valid YAML ({one_line(error)})") from error
         if isinstance(value, str):
             value = _number(value)
         node: Any = data
@@ -95,6 +133,8 @@ def load_config(recipe: str, overrides: list[str] | None = None, model: dict[str
     """Recipe plus overrides, validated. ConfigError names the field, the value and the remedy. model: what takes the
     place of the recipe's fields of the model before the overrides, such as a path that is not to be read as YAML."""
     data = read_recipe(recipe)
+    if "out" in data:
+        raise ConfigError(f"recipe {recipe} is one of supervised fine-tuning; it is for `unigrpo sft {recipe}`")
     if model:
         data["model"] = {**(data.get("model") or {}), **model}
     return validate(apply_overrides(data, overrides or []))
@@ -108,16 +148,26 @@ def validate(data: dict[str, Any]) -> TrainConfig:
         raise ConfigError(explain(error, TrainConfig)) from error
 
 
+_REMEDIES = {
+    "string_type": "; put it in quotes",
+    "tuple_type": "; give a list, e.g. [a, b]",
+    "model_type": "; give its fields, e.g. {name: value}",
+}
+
+
 def explain(error: ValidationError, root: type[BaseModel]) -> str:
     """One line for people: field, value, what is wrong, and the closest known key for a mistyped one."""
     first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"])
+    # Where several types are allowed, pydantic names the one that it tried.
+    field = ".".join(str(part) for part in first["loc"] if not re.match(r"constrained-|literal\[", str(part)))
     if first["type"] == "extra_forbidden":
         known = list(_fields_at(root, first["loc"][:-1]))
         close = difflib.get_close_matches(str(first["loc"][-1]), known, 1)
         hint = f"did you mean {close[0]}?" if close else f"known keys here: {', '.join(known)}"
         return f"config: {field} is not a known key; {hint}"
-    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "missing":
+        return f"config: {field} is missing; give it"
+    message = first["msg"].removeprefix("Value error, ") + _REMEDIES.get(first["type"], "")
     return f"config: {field} is {first['input']!r}: {message}" if field else f"config: {message}"
 
 

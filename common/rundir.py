@@ -25,6 +25,7 @@ import logging
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,6 +83,18 @@ def replacing_directory(path: Path, new: bool = False) -> Iterator[Path]:
         if old.exists() and not path.exists():
             old.rename(path)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def make_directory(path: Path, field: str) -> None:
+    """Makes a directory if it is not there. ConfigError naming the field that asked for it if nothing can be written
+    into it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise ConfigError(
+            f"{field}: nothing can be written into {path} ({error.strerror or error}); give another directory"
+        ) from error
 
 
 def dump_json(value: Any, indent: int | None = None) -> bytes:
@@ -259,7 +272,7 @@ class RunDirectory:
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All rows in order; none if there is no file. A broken last line, which a kill leaves, is ignored;
-        ValueError names any other broken line."""
+        ConfigError names any other broken line."""
         if not self.metrics.exists():
             return []
         lines = self.metrics.read_bytes().splitlines()
@@ -272,7 +285,7 @@ class RunDirectory:
             except (ValueError, TypeError) as error:
                 if number == len(lines):
                     break
-                raise ValueError(f"{self.metrics}, line {number} is not a JSON object ({error}); mend it") from error
+                raise ConfigError(f"{self.metrics}, line {number} is not a JSON object ({error}); mend it") from error
             rows.append(row)
         return rows
 
@@ -287,9 +300,15 @@ class RunDirectory:
                 path.unlink()
 
     def read_evaluations(self) -> dict[int, dict[str, Any]]:
-        """Evaluation results by step, in order of steps."""
+        """Evaluation results by step, in order of steps. ConfigError naming a file that is broken."""
         found = {_step(path.stem): path for path in self.evaluations.glob("step-*.json")}
-        return {step: json.loads(found[step].read_bytes()) for step in sorted(s for s in found if s is not None)}
+        results = {}
+        for step in sorted(s for s in found if s is not None):
+            try:
+                results[step] = json.loads(found[step].read_bytes())
+            except ValueError as error:
+                raise ConfigError(f"{found[step]} is not valid JSON ({error}); restore or remove it") from error
+        return results
 
     def _rewrite_metrics(self, rows: list[dict[str, Any]]) -> None:
         with replacing(self.metrics) as aside:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from common.config import ConfigError, Count, DType, NonNegative, Positive, Resources, Section, native_dtype
+from common.config import ConfigError, Count, DType, NonNegative, Positive, Resources, Section, Seed, native_dtype
 from common.recipe import apply_overrides, explain, read_recipe
 
 
@@ -74,7 +74,7 @@ class SFTConfig(Resources):
     """Image height in pixels."""
     width: Count = 32
     """Image width in pixels."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Seed of everything random."""
     steps: Count = 400
     """Optimizer steps."""

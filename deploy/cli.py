@@ -152,9 +152,19 @@ def evaluate(
 
 
 def _model(path: str) -> dict[str, Any]:
-    """What makes a checkpoint the model; one that holds its own pipeline takes the place of the recipe's."""
+    """What makes a checkpoint the model; one that holds its own pipeline takes the place of the recipe's. ConfigError
+    for a directory of a run, which holds some."""
     from common.composed.source import INDEX, PIPELINE
 
+    if (Path(path) / "config.yaml").is_file():
+        from common.rundir import RunDirectory
+        from learner.checkpoint import written
+
+        there = written(RunDirectory(Path(path)).checkpoints)
+        remedy = f"give one of its policies, {there[-1] / 'policy'}" if there else "it has no checkpoint yet"
+        raise ConfigError(f"{path} is a run directory; {remedy}")
+    if (Path(path) / "policy").is_dir():
+        raise ConfigError(f"{path} is a checkpoint of a run; give the policy in it, {Path(path) / 'policy'}")
     own = (Path(path) / PIPELINE / INDEX).is_file()
     return {"path": path, **({"pipeline": None} if own else {})}
 
@@ -166,7 +176,7 @@ def generate(
     number: Annotated[int, typer.Option("-n", min=1, help="Images.")] = 4,
     out: Annotated[Path, typer.Option("-o", help="Directory for the PNGs and the reasoning.")] = Path("generated"),
     recipe: Annotated[str, typer.Option(help="Recipe whose sampling settings are used.")] = "shapes",
-    seed: Annotated[int, typer.Option(help="Seed.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed.")] = 0,
     image: Annotated[Path | None, typer.Option(help="Change this image as the prompt says (BAGEL).")] = None,
 ) -> None:
     """Reason about a prompt and draw it."""

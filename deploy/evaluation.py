@@ -140,6 +140,7 @@ def summarise(
         "strict": mean([row.strict for row in scored]),
         "strict_interval": _interval(_ratios(prompts, "strict", "images", seed)),
         "task_mean": _mean_of_tasks(by_tag),
+        "task_mean_interval": _interval(_means_of_tasks(prompts, seed)),
         "ta": mean([row.ta for row in scored]),
         "ta_interval": _interval(_ratios(prompts, "ta", "ta_images", seed)),
         "partial": mean([row.partial for row in scored]),
@@ -208,9 +209,18 @@ def to_markdown(result: Result, before: Result | None = None) -> str:
     rows = table(before, result) if before else [row[:2] for row in table(result)]
     header = ("", "before", "after", "difference") if before else ("", "result")
     lines = [f"{result['n_prompts']} prompts x {result['images_per_prompt']} images", ""]
-    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    lines += ["| " + " | ".join(cells) + " |" for cells in (header, ("---",) * len(header), *escaped)]
+    if made := result.get("protocol"):
+        lines[:0] = ["; ".join(f"{name} {value}" for name, value in made.items()), ""]
+    lines += _markdown(header, rows)
+    exams = {tag: of_tag["ta"] for tag, of_tag in result["by_tag"].items() if of_tag["ta"] is not None}
+    if exams and not before:
+        lines += ["", *_markdown(("", "TA-like score"), [(tag, PERCENT.value(ta)) for tag, ta in exams.items()])]
     return "\n".join(lines) + "\n"
+
+
+def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    return ["| " + " | ".join(cells) + " |" for cells in (header, ("---",) * len(header), *escaped)]
 
 
 def _counts(of_prompt: list[Sample]) -> dict[str, Any]:
@@ -234,6 +244,14 @@ def _by_tag(prompts: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 def _mean_of_tasks(by_tag: Mapping[str, Any]) -> float | None:
     return mean([tag["strict"] for tag in by_tag.values() if tag["strict"] is not None])
+
+
+def _means_of_tasks(prompts: Sequence[dict[str, Any]], seed: int) -> NDArray[np.float64] | None:
+    """`_mean_of_tasks` in every resample of the prompts of each task, [10,000]."""
+    of_tags = [list(of_tag) for _, of_tag in groupby(prompts, key=lambda prompt: prompt["tag"])]
+    tasks = [_ratios(of_tag, "strict", "images", seed + place) for place, of_tag in enumerate(of_tags)]
+    known = [task for task in tasks if task is not None]
+    return np.nanmean(known, 0) if known else None
 
 
 def _tag_result(prompts: list[dict[str, Any]]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import ray
 from numpy.typing import NDArray
 from ray.exceptions import GetTimeoutError
 
+from common.config import TrainConfig
 from common.events import event
 from common.prompts import evenly
 from common.rundir import replacing
@@ -72,7 +73,7 @@ def evaluate(session: EvaluationSession, step: int, required: bool = True) -> di
                 )
             )
         images[tag, prompt.text] += len(details[place])
-    result = summarise(rows, version=session.version, step=step, judge=judge)
+    result = summarise(rows, version=session.version, step=step, judge=judge) | {"protocol": protocol(config)}
     samples = [row for row in rows if row.png]
     try:
         write_samples(run.samples_file(step), samples)
@@ -88,6 +89,22 @@ def evaluate(session: EvaluationSession, step: int, required: bool = True) -> di
         f"image given right reasoning {result['image_given_reasoning'] or 0:.3f}"
     )
     return result
+
+
+def protocol(config: TrainConfig) -> dict[str, Any]:
+    """How an evaluation was made, in the recipe's words."""
+    made, cfg = config.evaluation, config.evaluation.cfg
+    guidance = {f"cfg.{name}": value for name, value in cfg.model_dump(mode="json").items()} if cfg.enabled else {}
+    return {
+        "model": config.model.path,
+        "heldout": config.data.heldout,
+        "points": made.points,
+        "shift": config.sampling.shift,
+        "think": config.sampling.think,
+        "seed": made.seed,
+        "cfg.text_scale": cfg.text_scale,
+        **guidance,
+    }
 
 
 def _component(scored: Scored, name: str) -> NDArray[np.floating] | None:

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from common.config import ConfigError
-from common.rundir import RunDirectory, replacing_directory
+from common.rundir import RunDirectory, make_directory, replacing_directory
 
 
 def export(run: RunDirectory, out: Path, step: int | None = None, dtype: str | None = None) -> Path:
@@ -23,6 +23,7 @@ def export(run: RunDirectory, out: Path, step: int | None = None, dtype: str | N
     if out.exists():
         raise ConfigError(f"{out} exists already; give a directory that does not")
     source = _checkpoint(run, step) / "policy"
+    make_directory(out.absolute().parent, "out")
     with replacing_directory(out, new=True) as aside:
         # A composed policy has one config in each of its halves.
         if (source / "config.json").is_file():

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from common.composed.source import composed_source
 from common.config import ConfigError, TrainConfig, resolve_path
 from common.prompts import check_characters
+from common.rundir import make_directory
 from common.runtime import thread_env
 from common.types import Group, Prompt, RolloutRequest, chain_seed
 from deploy.preflight import check_guidance, check_lengths, check_size, local_cpus
@@ -42,6 +43,7 @@ def run_generate(
     check_characters(prompt, "prompt")
     if out.exists() and not out.is_dir():
         raise ConfigError(f"-o {out} is a file; give a directory")
+    make_directory(out, "-o")
     seeds = tuple(chain_seed(seed, 0, 0, k) for k in range(number))
     drawn = _edit(config, prompt, image, seeds) if image else _draw(config, prompt, seeds)
     write_images(prompt, drawn, out)
@@ -117,7 +119,6 @@ def write_images(prompt: str, drawn: list[Drawn], out: Path) -> None:
     """PNGs and generated.json, and the reasoning on standard output."""
     from PIL import Image
 
-    out.mkdir(parents=True, exist_ok=True)
     rows = []
     for number, image in enumerate(drawn):
         path = out / f"image-{number}.png"

@@ -48,8 +48,10 @@ def sample_grid(samples: Sequence[Sample], images_per_prompt: int = 4) -> Image.
 
 
 def _wrapped(text: str, width: float) -> list[str]:
-    """Lines of at most `width` px, about."""
-    return textwrap.wrap(text, int(width / CHARACTER))
+    """Lines of at most `width` px, about. A policy may say anything; what cannot be shown (controls, separators of
+    lines, halves of characters) would end the drawing, and is a space."""
+    shown = "".join(character if character.isprintable() else " " for character in text)
+    return textwrap.wrap(shown, int(width / CHARACTER))
 
 
 def _frame(sample: Sample) -> str:

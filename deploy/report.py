@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 from PIL import Image
 
+from common.config import ConfigError
 from common.metrics import METRICS
 from common.rundir import RunDirectory, replacing
 from deploy.evaluation import HEADLINES, PERCENT, Result, Sample, compare, headlines, table, unit
@@ -74,8 +75,11 @@ def write_samples(path: Path, rows: Sequence[Sample]) -> None:
 
 
 def read_samples(path: Path) -> list[Sample]:
-    """What `write_samples` wrote."""
-    return [Sample(**row) for row in pq.read_table(path, schema=SAMPLES).to_pylist()]
+    """What `write_samples` wrote. ConfigError if it is broken."""
+    try:
+        return [Sample(**row) for row in pq.read_table(path, schema=SAMPLES).to_pylist()]
+    except pa.ArrowInvalid as error:
+        raise ConfigError(f"{path} is not a whole Parquet file ({error}); restore or remove it") from error
 
 
 def write_report(run: RunDirectory) -> Path:

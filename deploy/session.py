@@ -20,7 +20,7 @@ from common.metrics import Trackers
 from common.policy import directories
 from common.prompts import PromptOrder
 from common.recipe import load_config, to_yaml
-from common.rundir import RunDirectory, replacing
+from common.rundir import RunDirectory, make_directory, replacing
 from common.runtime import check_answers, check_versions, one_line, versions
 from common.types import Prompt
 from deploy import timeline
@@ -190,12 +190,16 @@ def open_session(config: TrainConfig, resume: bool = False) -> Iterator[Session]
     with ExitStack() as stack:
         checkpoint, first = None, 0
         if resume:
-            stack.enter_context(run.open().owned())
+            make_directory(run.open().path, "--resume")
+            stack.enter_context(run.owned())
             run.clear_partial()
+            run.read_metrics(), run.read_evaluations()  # broken files are said before anything starts
             begun = load_config(str(run.config))
             checkpoint, first = _resumed(config, run, begun)
         elif run.path.exists():
             raise ConfigError(f"{run.path} exists already; give another run_name, or --resume to continue that run")
+        else:
+            make_directory(run.path.parent, "runs_dir")
         progress = stack.enter_context(Progress(config.steps, first))
         progress.phase("starting Ray")
         control = Control(run)
@@ -238,6 +242,7 @@ def open_evaluation(config: TrainConfig) -> Iterator[EvaluationSession]:
     """As `open_session` without a learner: the replicas keep the weights of the checkpoint they were built from."""
     inputs = check_inputs(config)
     run = RunDirectory(config.directory)
+    make_directory(run.path.parent, "runs_dir")
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(0))
         progress.phase("starting Ray")

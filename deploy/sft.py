@@ -12,7 +12,7 @@ from ray.exceptions import RayActorError
 from common.actors import not_built, options
 from common.bagel.checkpoint import check
 from common.config import ConfigError, Resources, resolve_path
-from common.rundir import RunDirectory
+from common.rundir import RunDirectory, make_directory
 from common.runtime import free_port
 from common.sft_config import SFTConfig, load_sft_config
 from deploy.local_ray import start_ray
@@ -36,6 +36,7 @@ def run_sft(recipe: str, overrides: list[str]) -> None:
     run = RunDirectory(out.parent / f"{out.name}-sft")
     if run.path.exists():
         raise ConfigError(f"{run.path} is left of an attempt to make {out}; remove it, or give another out")
+    make_directory(out.parent, "out")
     run.create(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     start_ray(local_cpus())
     try:

@@ -114,6 +114,8 @@ def verdict(found: Comparison, dtype: str) -> str | None:
         f"{bounds.text_mean:g} and {bounds.text_max:g}), the image steps' means differ by {found.image:.2g} of their "
         f"noise (bound {bounds.image:g}), in {dtype}"
     )
+    if not math.isfinite(found.image):
+        return f"{numbers}: the images overflow: look at sampling.noise_level, sampling.shift and the compute type"
     if not found.on_schedule:
         return "the window's times are not on the learner's schedule: look at sampling.points and sampling.shift"
     if text and image:

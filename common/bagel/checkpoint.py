@@ -19,7 +19,7 @@ from common.bagel.decoder import Context
 from common.bagel.policy import BagelPolicy, PackedBatch, pack_batch
 from common.bagel.text import ChatTokenizer
 from common.bagel.vae import load_vae, vae_shapes
-from common.checkpoint_files import SHARD_BYTES, CheckpointError, TensorFiles, write_tensors
+from common.checkpoint_files import SHARD_BYTES, CheckpointError, TensorFiles, check_finite, write_tensors
 from common.config import Cfg
 from common.policy import Guidance, OpenPolicy
 from common.rundir import replacing_directory
@@ -158,7 +158,8 @@ def load(
     """Loads a checkpoint, tensor by tensor from the memory map to where it stays. understanding: with the tower that
     sees images, frozen; otherwise its tensors stay on disk, and `save` copies them from there.
 
-    Raises CheckpointError; every header is checked before the first tensor is read, and nothing is half loaded.
+    Raises CheckpointError; every header is checked before the first tensor is read, every number
+    that is used must be finite, and nothing is half loaded.
     """
     config = BagelConfig.read(directory)
     chat = ChatTokenizer.read(directory, config.llm_config.vocab_size)
@@ -175,12 +176,14 @@ def load(
                 "tie_word_embeddings=true; say false"
             )
         tensors[HEAD] = tensors[EMBEDDING]
+    check_finite(tensors.items(), weights.files, weights.path)
     policy.load_state_dict(tensors, assign=True)
     if config.llm_config.tie_word_embeddings:
         # Assigning tensors by name has made two parameters of one.
         policy.language_model.lm_head.weight = policy.language_model.model.embed_tokens.weight
     carried = dict(weights.read(weights.shapes.keys() - set(own)))
     numbers = dict(autoencoder.read(autoencoder.files))
+    check_finite(numbers.items(), autoencoder.files, autoencoder.path)
     return Checkpoint(policy, numbers, chat, config, carried, _extras(directory))
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from common.checkpoint_files import PICKLES, CheckpointError, opened, read_json
+from common.checkpoint_files import PICKLES, CheckpointError, check_finite, opened, read_json
 from common.composed.chat import TemplateChat
 from common.composed.family import Conditioning, Family
 from common.composed.flux import Flux
@@ -191,6 +191,8 @@ def load(source: Source, dtype: torch.dtype, device: str, frozen: torch.dtype | 
     reasoner = _load_module(AutoModelForCausalLM, source.reasoner, dtype)
     transformer = _load_module(_class(parts["transformer"]), source.pipeline / "transformer", dtype)
     policy = ComposedPolicy(reasoner, transformer, family).eval().to(device)
+    _check_finite(policy.reasoner, source.reasoner)
+    _check_finite(policy.transformer, source.pipeline / "transformer")
     chat = TemplateChat.read(source.reasoner, policy.vocab_size)
     pipeline = None
     if frozen is not None:
@@ -199,14 +201,19 @@ def load(source: Source, dtype: torch.dtype, device: str, frozen: torch.dtype | 
             for name, kind in parts.items()
             if name != "transformer"
         }
-        for part in others.values():
+        for name, part in others.items():
             if isinstance(part, nn.Module):
                 part.eval().requires_grad_(False).to(device)
+                _check_finite(part, source.pipeline / name)
         index = read_json(source.pipeline / INDEX)
         absent = {name: None for name, value in index.items() if value == [None, None]}
         kind = getattr(importlib.import_module("diffusers"), index["_class_name"])
         pipeline = kind(**others, **absent, transformer=policy.transformer)
     return Composed(policy, chat, family, pipeline, source)
+
+
+def _check_finite(module: nn.Module, directory: Path) -> None:
+    check_finite(module.named_parameters(), _held_tensors(directory), directory)
 
 
 def _class(kind: tuple[str, str]) -> Any:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from common.config import ConfigError, TrainConfig
 from common.recipe import load_config
-from common.rundir import RunDirectory
+from common.rundir import RunDirectory, make_directory
 from deploy.reproduction.cells import CURVES, Cell, digest, minutes_left, missing, read_cells, rounded, write_cell
 from deploy.reproduction.page import write_page
-from deploy.reproduction.rows import Plan, dtypes, origin, stages
+from deploy.reproduction.rows import Plan, check_trial, dtypes, origin, stages
 
 
 class ReproductionError(RuntimeError):
@@ -28,6 +28,8 @@ def reproduce(plan: Plan, say: Callable[[str], None] = print) -> Path:
     A cell that fails is said and left for the next call, so that it does not cost the others; ReproductionError at
     the end if there was one. ConfigError at once.
     """
+    check_trial(plan)
+    make_directory(plan.out / "cells", "--out")
     stored, failed = read_cells(plan), []
     for (row, seed), differs in stored.stale.items():
         say(f"stale: {row} seed {seed} was made with another {differs}; it is not counted, and run again if asked for")

@@ -256,16 +256,26 @@ def _types(stored: Stored) -> list[str]:
 
 
 def _hacked(stored: Stored) -> list[str]:
-    """How far reward and truth went, from the first ten steps to the last ten."""
-    lines = []
+    """How far reward and truth went, from the first ten steps to the last ten, and which way."""
+    lines, ways = [], []
     for row in LEARNED:
-        if row in stored.cells:
-            ends = []
-            for key in (REWARD, STRICT):
-                curve = _curves(stored.cells[row], key).mean(0)
-                ends.append(f"{100 * curve[min(9, len(curve) - 1)]:.1f} → {100 * curve[-1]:.1f}")
-            lines.append([ROWS[row].title, *ends])
-    return _table(["mean of ten steps, first → last", "learned reward, %", "truth, strict, %"], lines)
+        if row not in stored.cells:
+            continue
+        curves = [_curves(stored.cells[row], key) for key in (REWARD, STRICT)]
+        first = min(9, curves[0].shape[1] - 1)
+        for number, cell in enumerate(stored.cells[row]):
+            ends = [f"{100 * curve[number, first]:.1f} → {100 * curve[number, -1]:.1f}" for curve in curves]
+            lines.append([f"{ROWS[row].title}, seed {cell['seed']}", *ends])
+        gained = [curve[:, -1] > curve[:, first] for curve in curves]
+        both, neither, hacked = (
+            int(chosen.sum()) for chosen in (gained[0] & gained[1], ~gained[0] & ~gained[1], gained[0] & ~gained[1])
+        )
+        ways.append(
+            f"- {ROWS[row].title}: of {len(gained[0])} seeds, reward and truth rose in {both}, the reward rose while "
+            f"the truth fell (the scorer was fooled) in {hacked}, and both fell (the policy broke down) in {neither}."
+        )
+    table = _table(["mean of ten steps, first → last", "learned reward, %", "truth, strict, %"], lines)
+    return [*table, "", *ways]
 
 
 def _findings(scores: Mapping[str, Score]) -> list[str]:
@@ -298,6 +308,13 @@ def _findings(scores: Mapping[str, Score]) -> list[str]:
         for row in ("cfg", "cfg-evaluation", "no-image-gradient")
         if row in scores
     ]
+    if set(LEARNED) <= scores.keys():
+        none, kl, mse = (scores[row].overall for row in LEARNED)
+        apart = kl.high < mse.low or mse.high < kl.low
+        lines.append(
+            f"- Under the learned reward: {none} without a regulariser, {kl} with the latent KL and {mse} with the "
+            f"velocity MSE; the last two intervals {'lie apart' if apart else 'overlap'}."
+        )
     order = sorted(scores, key=lambda row: -scores[row].overall.mean)
     lines.append(f"- Order by strict accuracy: {' > '.join(ROWS[row].title for row in order)}.")
     return [*lines, ""]
@@ -326,8 +343,27 @@ def _machines(scores: Mapping[str, Score]) -> list[str]:
         dates, minutes = sorted(cell["finished"] for cell in own), sum(cell["minutes"] for cell in own)
         lines.append(f"- {name}: {len(own)} cells, {minutes:.0f} minutes of training steps, {dates[0]} to {dates[-1]}")
     if lines:
-        lines.append("- A stage that rows share, trained once, counts in each of them.")
+        lines.append(f"- A stage that rows share counts in each of them. {_anew(scores)}")
     return lines
+
+
+def _anew(scores: Mapping[str, Score]) -> str:
+    """Which cells had a stage that they share with another row's trained for themselves: their curves tell."""
+    curves = {
+        (ROWS[row].recipes, cell["seed"]): cell["curves"][REWARD]
+        for row, found in scores.items()
+        for cell in found.cells
+    }
+    apart = [
+        f"{ROWS[row].title} (seed {cell['seed']})"
+        for row, found in scores.items()
+        for cell in found.cells
+        if len(ROWS[row].recipes) > 1
+        and (shared := curves.get((ROWS[row].recipes[:1], cell["seed"])))
+        and cell["curves"][REWARD][: len(shared)] != shared
+    ]
+    once = "It was trained once"
+    return f"{once}, but anew, by a machine of another compute type, for {'; '.join(apart)}." if apart else f"{once}."
 
 
 def _machine(cell: Cell) -> str:

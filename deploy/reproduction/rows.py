@@ -102,6 +102,16 @@ def check_out(out: Path) -> Path:
     return out
 
 
+def check_trial(plan: Plan) -> None:
+    """ConfigError for settings of one's own whose cells would take the place of the committed set's."""
+    if plan.out == default_out() and (plan.overrides or plan.steps != STEPS):
+        own = " ".join([*plan.overrides, *([f"--steps {plan.steps}"] if plan.steps != STEPS else [])])
+        raise ConfigError(
+            f"{own}: cells made so would replace the set in {plan.out}, which has none of it; give --out a directory "
+            "of its own, e.g. --out runs/trial"
+        )
+
+
 def settings(plan: Plan, row: str) -> list[TrainConfig]:
     """The resolved recipes of a row's stages, before anything is said of seeds and directories."""
     configs = []

@@ -172,6 +172,15 @@ def test_missing_extra_and_misshapen_tensors_are_named(copy: Path, file: str, te
         store.load(copy)
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("file", "tensor"), [(WEIGHTS, LM_HEAD), (AUTOENCODER, "decoder.conv_in.weight")])
+def test_a_number_that_is_none_is_refused(copy: Path, file: str, tensor: str, number: float) -> None:
+    """One is enough to draw noise, which a scorer takes for a wrong image."""
+    rewrite(copy / file, lambda t: t[tensor].view(-1)[-1:].fill_(number))
+    with pytest.raises(CheckpointError, match=rf"{file}: tensor {tensor} has NaN or infinite numbers"):
+        store.load(copy)
+
+
 @pytest.mark.parametrize("file", [WEIGHTS, AUTOENCODER])
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])
 def test_truncated_weights(copy: Path, file: str, keep: int) -> None:

@@ -321,6 +321,10 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         ),
         r"llama/model\.safetensors: tensor lm_head\.weight has shape \(2,\), config\.json says \(272, 64\)",
     ),
+    "NaN": (
+        lambda root: edit_weights(root / DIT, lambda tensors: tensors["x_embedder.bias"].fill_(float("nan"))),
+        r"/diffusion_pytorch_model\.safetensors: tensor x_embedder\.bias has NaN or infinite numbers",
+    ),
     "vocabulary": (
         lambda root: edit_json(root / "llama/config.json", vocab_size=200),
         r"id 259, outside the vocabulary of 200",

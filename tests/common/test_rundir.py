@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from common.config import ConfigError
-from common.rundir import RunDirectory, replacing, replacing_directory
+from common.rundir import RunDirectory, make_directory, replacing, replacing_directory
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_a_torn_last_line_is_ignored_and_not_written_behind(run: RunDirectory) -
 @pytest.mark.parametrize("broken", ['{"step": 1, "rew', "[1]"])
 def test_a_broken_line_in_the_middle_is_an_error(run: RunDirectory, broken: str) -> None:
     run.metrics.write_text(f'{{"step": 0}}\n{broken}\n{{"step": 2}}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is not a JSON object"):
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl, line 2 is not a JSON object"):
         run.read_metrics()
 
 
@@ -129,6 +129,19 @@ def test_evaluations_are_read_in_order_of_steps(run: RunDirectory) -> None:
         run.write_json(run.evaluation_file(step), {"step": step})
     (run.evaluations / "notes.json").write_text("nothing")
     assert list(run.read_evaluations().items()) == [(s, {"step": s}) for s in (0, 40, 1_000_000)]
+    run.evaluation_file(40).write_text('{"step": 4')
+    with pytest.raises(ConfigError, match=r"step-000040\.json is not valid JSON .*; restore or remove it"):
+        run.read_evaluations()
+
+
+def test_where_nothing_can_be_written(tmp_path: Path) -> None:
+    make_directory(tmp_path / "new" / "deep", "out")
+    assert list((tmp_path / "new" / "deep").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        ConfigError, match=r"^out: nothing can be written into .*file/x \(Not a directory\); give another"
+    ):
+        make_directory(tmp_path / "file" / "x", "out")
 
 
 def test_what_killed_writers_left_is_cleared(tmp_path: Path) -> None:

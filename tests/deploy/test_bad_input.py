@@ -45,6 +45,76 @@ def test_unknown_key_suggests_the_known_one(monkeypatch, capsys) -> None:
     assert "optimizer.lr_denoisng" in error and "lr_denoising" in error
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"steps: 5\nsteps: 7\n", "is not valid YAML: steps is there twice"),
+        (b"run_name: \xe9\n", "is not UTF-8 text"),
+        (b"model: &a [*a]\n", "is not valid YAML: "),
+        (b"rewards: !!set {a, b}\n", "is not valid YAML: could not determine a constructor"),
+        (b"1: 2\n", "is not valid YAML: 1 is no name of a field"),
+        (b"objective: {image_clip: 0}\n", "objective.image_clip is 0: "),
+        (
+            b"recording: {trackers: wandb}\n",
+            "recording.trackers is 'wandb': Input should be a valid tuple; give a list",
+        ),
+        (b"run_name: 7\n", "run_name is 7: Input should be a valid string; put it in quotes"),
+        (b"seed: 4294967296\n", "seed is 4294967296: Input should be less than"),
+        (b"out: x\n", "is one of supervised fine-tuning; it is for `unigrpo sft"),
+    ],
+)
+def test_a_recipe_that_cannot_be_read(monkeypatch, capsys, tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "mine.yaml").write_bytes(content)
+    assert said in attempt(monkeypatch, capsys, "train", str(tmp_path / "mine.yaml"), "--dry-run")
+
+
+def test_a_date_is_a_name(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("run_name: 2024-01-01\n")
+    assert load_config(str(tmp_path / "mine.yaml")).run_name == "2024-01-01"
+    assert load_config("shapes", ["run_name=2024-01-02"]).run_name == "2024-01-02"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("train", "shapes", "runs_dir=FILE/runs"),
+        ("eval", str(MODEL), "runs_dir=FILE/runs"),
+        ("generate", str(MODEL), "a red circle", "-o", "FILE/images"),
+        ("sft", "shapes-sft", "out=FILE/model"),
+        ("reproduce", "--rows", "sft", "--out", "FILE/out"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_where_nothing_can_be_written(monkeypatch, capsys, tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    (tmp_path / "file").write_text("")
+    error = attempt(monkeypatch, capsys, *(a.replace("FILE", str(tmp_path / "file")) for a in arguments))
+    assert f"nothing can be written into {tmp_path / 'file'}" in error and "give another directory" in error
+
+
+def test_a_trial_does_not_take_the_place_of_the_committed_cells(monkeypatch, capsys) -> None:
+    for own in ("evaluation.prompts=7", "--steps=3"):
+        assert "give --out a directory of its own" in attempt(monkeypatch, capsys, "reproduce", own, "--rows", "sft")
+
+
+def test_eval_of_a_run_names_its_policy(monkeypatch, capsys, tmp_path: Path) -> None:
+    run = checkpointed(tmp_path / "mine", load_config("shapes"))
+    policy = run.checkpoint(20) / "policy"
+    assert f"is a run directory; give one of its policies, {policy}" in attempt(
+        monkeypatch, capsys, "eval", str(run.path)
+    )
+    policy.mkdir()
+    assert f"give the policy in it, {policy}" in attempt(monkeypatch, capsys, "eval", str(run.checkpoint(20)))
+    shutil.rmtree(run.checkpoints)
+    assert "it has no checkpoint yet" in attempt(monkeypatch, capsys, "generate", str(run.path), "a red circle")
+
+
+def test_resume_of_a_run_with_a_broken_file(monkeypatch, capsys, tmp_path: Path) -> None:
+    run = checkpointed(tmp_path / "mine", load_config("shapes"))
+    run.metrics.write_text('{"step": 0\n{"step": 1}\n')
+    assert "metrics.jsonl, line 1 is not a JSON" in attempt(monkeypatch, capsys, "train", "--resume", str(run.path))
+    assert "metrics.jsonl, line 1 is not a JSON" in attempt(monkeypatch, capsys, "report", str(run.path))
+
+
 def test_impossible_batch_arithmetic(monkeypatch, capsys) -> None:
     error = attempt(monkeypatch, capsys, "train", "shapes", "data.prompts_per_step=7", "--dry-run")
     assert "7" in error and "multiple of 2" in error

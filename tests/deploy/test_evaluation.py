@@ -108,6 +108,16 @@ def test_a_certain_result_has_an_interval_without_width() -> None:
     assert summarise([_sample("t", p, 1) for p in "abc"], version=0)["strict_interval"] == [1.0, 1.0]
 
 
+def test_interval_of_the_overall_score_resamples_within_tasks() -> None:
+    """A task that is always right and one that never is: nothing to resample between them."""
+    certain = [_sample(tag, f"{tag}{p}", right, True) for tag, right in (("color", 1), ("count", 0)) for p in range(20)]
+    assert summarise(certain, version=0)["task_mean_interval"] == [0.5, 0.5]
+    result = summarise(_random(1, 0.5), version=0)
+    low, high = result["task_mean_interval"]
+    assert low < result["task_mean"] < high
+    assert high - low == pytest.approx(result["strict_interval"][1] - result["strict_interval"][0], rel=0.15)
+
+
 def test_comparison_pairs_prompts() -> None:
     rows = _random(0, 0.4)
     better = [
@@ -194,7 +204,9 @@ def test_ta_is_the_mean_over_images_and_changes_pair_by_prompt() -> None:
 def test_grid_shows_prompts_in_rows_with_right_and_wrong_framed() -> None:
     def shade(prompt: str, value: int, strict: float, size: int = 8) -> Sample:
         png = encode_png(np.full((size, size, 3), value, np.uint8))
-        return Sample("t", prompt, "<think> plan \u2192 \u4e2d </think>", strict, 0.5, None, png)
+        # An untrained policy says anything: controls, separators, halves of characters.
+        said = "<think> plan \u2192 \u4e2d \x1e b\u2029c\x85\x00\ud800 </think>"
+        return Sample("t", prompt, said, strict, 0.5, None, png)
 
     grid = sample_grid([shade("a", 10, 1), shade("a", 20, 0), shade("b", 40, math.nan, 300)])
     pixels = np.asarray(grid)

@@ -52,7 +52,17 @@ def test_the_result_is_written_after_its_pictures(session: Any, monkeypatch: pyt
         patched.setattr(evaluation_run, "write_samples", cut_off)
         evaluation_run.evaluate(session, step=4)
     assert not session.run.evaluation_file(4).exists()
-    assert evaluation_run.evaluate(session, step=4)["strict"] == 1
+    result = evaluation_run.evaluate(session, step=4)
+    assert result["strict"] == 1
+    assert result["protocol"] == {
+        "model": "deploy/models/shapes",
+        "heldout": "common/shapes/data/heldout.jsonl",
+        "points": 21,
+        "shift": 3.0,
+        "think": True,
+        "seed": 1234,
+        "cfg.text_scale": 1.0,
+    }
     assert session.run.evaluation_file(4).exists() and session.asked == [True, True]
 
 

@@ -131,11 +131,31 @@ def test_page_holds_whatever_cells_there_are(plan: Plan) -> None:
     assert "- UniGRPO, CFG in evaluation alone: evaluated with text scale 2.\n- The other rows: without" in text
     assert "- Of one seed only, so that the interval is one over prompts: TextGRPO." in text
     assert text.count("| TextGRPO | ") == 3, "overall, strict by task, TA by task"
-    assert "| Learned reward, no regulariser | 30.0 → 30.0 | 30.0 → 30.0 |" in text
+    assert "| Learned reward, no regulariser, seed 0 | 30.0 → 30.0 | 30.0 → 30.0 |" in text
     for figure in ("curves", "ablations", "regulariser"):
         assert f"({plan.out.name}/{figure}.png)" in text
         with Image.open(plan.out / f"{figure}.png") as picture:
             assert len(np.unique(np.asarray(picture))) > 10
+
+
+def test_page_says_which_shared_stages_were_trained_anew_and_what_became_of_the_reward(plan: Plan) -> None:
+    """Reward and truth of the learned rows: up and up, up and down, down and down, by seed."""
+    for row in ("sft", "sft-think", "unigrpo", "cfg-evaluation", *(row for row in ROWS if row.startswith("learned"))):
+        for seed in (0, 1, 2):
+            made = _cell(row, seed, 0.5, plan)
+            up, down = np.linspace(0.2, 0.8, 30).tolist(), np.linspace(0.8, 0.2, 30).tolist()
+            if row.startswith("learned"):
+                made["curves"]["reward/mean"] = up if seed < 2 else down
+                made["curves"]["reward/shapes/strict"] = up if seed < 1 else down
+            elif row == "cfg-evaluation" and seed == 1:
+                made["curves"]["reward/mean"] = down
+            _store(plan, made)
+    page = write_page(plan, read_cells(plan)).read_text()
+    assert "compute type, for UniGRPO, CFG in evaluation alone (seed 1).\n" in page
+    assert (
+        "Learned reward, latent KL: of 3 seeds, reward and truth rose in 1, the reward rose while the truth fell (the "
+        "scorer was fooled) in 1, and both fell (the policy broke down) in 1."
+    ) in page
 
 
 def test_page_without_trained_cells_has_no_figures(plan: Plan) -> None:

@@ -66,6 +66,7 @@ def test_sides_that_agree(golden_checkpoint: Checkpoint, chains: list[Chain]) ->
         (text(lambda p: p + 0.01), "the images agree, so look at vLLM's side"),
         (text(lambda p: p * math.nan), "look at vLLM's side"),
         (image(v_old=lambda v: v * 1.05), "the text agrees, so look at the denoiser's side"),
+        (image(v_old=lambda v: v * math.inf), "the images overflow: look at sampling.noise_level"),
         (image(t=lambda t: t * 0.99), "times are not on the learner's schedule"),
         (image(t_next=lambda t: t - 0.01), "times are not on the learner's schedule"),
     ],
