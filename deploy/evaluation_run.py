@@ -92,11 +92,11 @@ def evaluate(session: EvaluationSession, step: int, required: bool = True) -> di
 
 
 def protocol(config: TrainConfig) -> dict[str, Any]:
-    """How an evaluation was made, in the recipe's words."""
+    """How an evaluation was made, in the recipe's words; model: where it was not amid a training."""
     made, cfg = config.evaluation, config.evaluation.cfg
     guidance = {f"cfg.{name}": value for name, value in cfg.model_dump(mode="json").items()} if cfg.enabled else {}
     return {
-        "model": config.model.path,
+        **({} if config.steps else {"model": config.model.path}),
         "heldout": config.data.heldout,
         "points": made.points,
         "shift": config.sampling.shift,

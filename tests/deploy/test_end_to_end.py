@@ -176,6 +176,7 @@ def test_eval_finds_what_the_training_found_and_starts_no_learner(whole: RunDire
     found, table, grid = (Path(line) for line in output.splitlines()[-3:])
     result = json.loads(found.read_bytes())
     trained = whole.read_evaluations()[3]
+    assert result["protocol"].pop("model") == str(whole.checkpoint(3) / "policy")
     assert {**result, "step": 3, "version": 3} == trained
     assert f"| TA-like score | {100 * trained['ta']:.1f} % (" in table.read_text()
     with Image.open(grid) as picture:

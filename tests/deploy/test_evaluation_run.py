@@ -55,7 +55,6 @@ def test_the_result_is_written_after_its_pictures(session: Any, monkeypatch: pyt
     result = evaluation_run.evaluate(session, step=4)
     assert result["strict"] == 1
     assert result["protocol"] == {
-        "model": "deploy/models/shapes",
         "heldout": "common/shapes/data/heldout.jsonl",
         "points": 21,
         "shift": 3.0,

@@ -106,7 +106,8 @@ def test_the_loss_is_the_formula(golden_checkpoint: Checkpoint, micro: MicroBatc
     policy = moved()
     # The loss asks the engine for a forward alone.
     engine: Any = SimpleNamespace(engine=policy, module=policy)
-    updater = Updater(engine, golden_checkpoint.policy, config, CLIP, 1)
+    bound = config.objective.image_kl_bound if config.objective.image_trust == "kl" else CLIP
+    updater = Updater(engine, golden_checkpoint.policy, config, bound, 1)
     loss, stats, _ = updater._loss(micro, updater._old(micro), *updater.references([[micro]])[0], len(ADVANTAGES), 1.0)
     output: PolicyOutput = policy(micro.packed)
     with torch.no_grad():
