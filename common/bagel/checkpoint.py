@@ -158,8 +158,8 @@ def load(
     """Loads a checkpoint, tensor by tensor from the memory map to where it stays. understanding: with the tower that
     sees images, frozen; otherwise its tensors stay on disk, and `save` copies them from there.
 
-    Raises CheckpointError; every header is checked before the first tensor is read, every number
-    that is used must be finite, and nothing is half loaded.
+    Raises CheckpointError; every header is checked before the first tensor is read, every number that is used must be
+    finite, and nothing is half loaded.
     """
     config = BagelConfig.read(directory)
     chat = ChatTokenizer.read(directory, config.llm_config.vocab_size)

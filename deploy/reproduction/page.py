@@ -362,8 +362,7 @@ def _anew(scores: Mapping[str, Score]) -> str:
         and (shared := curves.get((ROWS[row].recipes[:1], cell["seed"])))
         and cell["curves"][REWARD][: len(shared)] != shared
     ]
-    once = "It was trained once"
-    return f"{once}, but anew, by a machine of another compute type, for {'; '.join(apart)}." if apart else f"{once}."
+    return f"It was trained once{', but anew for ' + '; '.join(apart) if apart else ''}."
 
 
 def _machine(cell: Cell) -> str:

@@ -151,7 +151,7 @@ def test_page_says_which_shared_stages_were_trained_anew_and_what_became_of_the_
                 made["curves"]["reward/mean"] = down
             _store(plan, made)
     page = write_page(plan, read_cells(plan)).read_text()
-    assert "compute type, for UniGRPO, CFG in evaluation alone (seed 1).\n" in page
+    assert "trained once, but anew for UniGRPO, CFG in evaluation alone (seed 1).\n" in page
     assert (
         "Learned reward, latent KL: of 3 seeds, reward and truth rose in 1, the reward rose while the truth fell (the "
         "scorer was fooled) in 1, and both fell (the policy broke down) in 1."
